@@ -1,0 +1,253 @@
+"""Regenerate the tiny model and its data from seeds: rows, tokenizer, pretraining.
+
+    python data/tiny/prepare.py                 everything (pretraining takes most of an hour on two cores)
+    python data/tiny/prepare.py --stage data    the post-training rows only
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))
+
+from data.tiny import tasks  # noqa: E402
+
+STAGES = ("data", "tokenizer", "pretrain", "all")
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+WORDS = r"\p{N}| ?[^\s\p{L}\p{N}]+ (?=\p{N})| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+MODEL_CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 640,
+    "hidden_size": 192,
+    "intermediate_size": 448,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.02,
+    "use_cache": True,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "torch_dtype": "bfloat16",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is made, from which seed, and with how much pretraining."""
+
+    stage: str = "all"
+    seed: int = 0
+    out: str = str(HERE)
+    work: str = str(ROOT / "runs" / "tiny-pretrain")
+    conversations: int = 80_000
+    tokenizer_rows: int = 6_000
+    steps: int = 2_400
+    step_tokens: int = 8_192
+    lr: float = 2e-3
+    warmup: int = 100
+
+
+def parse_settings(arguments: list[str] | None = None) -> Settings:
+    """Read the settings from the command line: field a_b is flag --a-b."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in fields(Settings):
+        choices = STAGES if field.name == "stage" else None
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(flag, type=field.type, default=field.default, choices=choices, help=f"default: {field.default}")
+    return Settings(**vars(parser.parse_args(arguments)))
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a temporary file beside `path`, then rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write an indented JSON file atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    """Write rows as JSON lines atomically, one at a time."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    write_atomic(path, write)
+
+
+# ---------------------------------------------------------------- stage: data
+
+
+def post_files(seed: int) -> dict[str, list[tasks.Row]]:
+    """Return the rows of every committed data file, by its name under the folder."""
+    test = tasks.post_rows("test", seed)
+    files = {f"test/{task}.jsonl": [row for row in test if row["task"] == task] for task in tasks.TASKS}
+    return files | {f"{split}.jsonl": tasks.post_rows(split, seed) for split in ("train", "dev")}
+
+
+def make_data(settings: Settings) -> None:
+    """Write the post-training rows and, to the scratch folder, the pretraining conversations."""
+    for name, rows in post_files(settings.seed).items():
+        write_rows(Path(settings.out) / name, rows)
+    write_rows(pretrain_file(settings), tasks.pretrain_rows(settings.seed, settings.conversations))
+
+
+def pretrain_file(settings: Settings) -> Path:
+    """Return where the pretraining conversations lie."""
+    return Path(settings.work) / "pretrain.jsonl"
+
+
+# ---------------------------------------------------------------- stage: tokenizer
+
+
+def tokenizer_texts(settings: Settings) -> Iterator[str]:
+    """Yield the sample of text the tokenizer is trained on: pretraining turns, then training rows."""
+    for conversation in tasks.pretrain_rows(settings.seed, settings.tokenizer_rows):
+        yield from (f"{message['role']}\n{message['content']}\n" for message in conversation["messages"])
+    for row in islice(tasks.post_rows("train", settings.seed), settings.tokenizer_rows):
+        yield f"user\n{row['prompt']}\nassistant\n{row['completion']}\n"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
+    """Train a byte-level BPE that keeps digits apart; returns tokenizer.json's text."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        show_progress=False,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer.to_str(pretty=True) + "\n"
+
+
+def tokenizer_config() -> dict[str, object]:
+    """Return tokenizer_config.json: the special tokens and plain ChatML."""
+    end_of_text, _, end_of_turn = SPECIAL_TOKENS
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    return {
+        "added_tokens_decoder": {str(i): {"content": token} | flags for i, token in enumerate(SPECIAL_TOKENS)},
+        "bos_token": None,
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": end_of_turn,
+        "model_max_length": MODEL_CONFIG["max_position_embeddings"],
+        "pad_token": end_of_text,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": None,
+    }
+
+
+def make_tokenizer(settings: Settings) -> None:
+    """Write the tokenizer and the configuration files of the model folder."""
+    folder = Path(settings.out) / "model"
+    text = train_tokenizer(tokenizer_texts(settings), MODEL_CONFIG["vocab_size"])
+    write_text(folder / "tokenizer.json", text)
+    write_json(folder / "tokenizer_config.json", tokenizer_config())
+    write_json(folder / "config.json", MODEL_CONFIG)
+    stops = {"eos_token_id": [2, 0], "pad_token_id": 0, "do_sample": False}
+    write_json(folder / "generation_config.json", stops)
+
+
+# ---------------------------------------------------------------- stage: pretrain
+
+
+def make_start(settings: Settings) -> Path:
+    """Write a model folder with random float32 weights to pretrain from; returns it."""
+    from safetensors.torch import save_file
+
+    from model import ModelConfig, Transformer
+
+    start = Path(settings.work) / "start"
+    source = Path(settings.out) / "model"
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        write_text(start / name, (source / name).read_text(encoding="utf-8"))
+    model = Transformer(ModelConfig.from_dir(start))
+    model.init_weights(settings.seed)
+    weights = {name: value.detach().float().contiguous() for name, value in model.named_parameters()}
+    write_atomic(start / "model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    return start
+
+
+def train_command(settings: Settings, start: Path, run: Path) -> list[str]:
+    """Return the call of the repository's own training loop, every weight trained."""
+    flags = {
+        "--scope": "full", "--adapter": "none", "--backbone": start, "--data": pretrain_file(settings), "--out": run,
+        "--dtype": "float32", "--steps": settings.steps, "--step-tokens": settings.step_tokens, "--lr": settings.lr,
+        "--warmup": settings.warmup, "--seed": settings.seed, "--tasks": "none",
+    }  # fmt: skip
+    resume = ["--resume"] if run.exists() else []
+    return [sys.executable, "train.py", "--no-talan", *[str(x) for pair in flags.items() for x in pair], *resume]
+
+
+def pretrain(settings: Settings) -> None:
+    """Pretrain from random weights (resuming if begun) and write the bfloat16 model."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    if not pretrain_file(settings).exists():
+        make_data(settings)
+    run = Path(settings.work) / "run"
+    start = Path(settings.work) / "start"
+    start = start if run.exists() else make_start(settings)
+    subprocess.run(train_command(settings, start, run), cwd=ROOT, check=True)
+    weights = {name: value.to(torch.bfloat16) for name, value in load_file(run / "model.safetensors").items()}
+    target = Path(settings.out) / "model" / "model.safetensors"
+    write_atomic(target, lambda path: save_file(weights, path, metadata={"format": "pt"}))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the chosen stages and print how long each took."""
+    settings = parse_settings(arguments)
+    work = {"data": make_data, "tokenizer": make_tokenizer, "pretrain": pretrain}
+    for name, stage in work.items():
+        if settings.stage in (name, "all"):
+            began = time.perf_counter()
+            stage(settings)
+            print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

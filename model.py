@@ -1,0 +1,754 @@
+"""A Qwen3 / Llama transformer written by hand: config, blocks, cache, strict loader, tokenizer, `generate`.
+
+Parameter names equal those of the Hugging Face checkpoints, so loading is a comparison of two sets and no name map.
+This file knows no adapter and no TALAN; `Block.side_path` is the one seam that talan.py fills.
+
+Shapes: B rows, T new tokens, S positions so far (cached and new), D hidden size, H query heads, K key/value heads,
+        Dh head size, F MLP width, L layers, V vocabulary.
+Rows are padded on the right only. A real token never sees the pads after it, so no padding mask exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Iterable, Iterator, Sequence
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import tokenizers
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config
+# ---------------------------------------------------------------------------------------------------------------------
+
+LIMIT = 1 << 24  # no dimension of a real model is larger; a larger one is a broken file
+POSITIVE_INTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# Fields that change the computation, with the values that mean "what this file computes". Absent counts as fine.
+FIXED = {
+    "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,), "use_sliding_window": (False, None),
+    "pretraining_tp": (1, None), "attention_dropout": (0, 0.0, None), "partial_rotary_factor": (1, 1.0, None),
+    "rope_interleaved": (False, None), "is_encoder_decoder": (False, None), "quantization_config": (None,),
+}
+# Read elsewhere in this class, or known to leave the forward pass alone.
+HARMLESS = set(POSITIVE_INTS) | set(FIXED) | {
+    "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings",
+    "max_position_embeddings", "dtype", "torch_dtype", "model_type", "layer_types", "sliding_window", "max_window_layers",
+    "architectures", "initializer_range", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "auto_map",
+    "transformers_version", "output_attentions", "output_hidden_states", "return_dict", "problem_type", "id2label", "label2id",
+    "chunk_size_feed_forward", "is_llama_config", "transformers.js_config", "_name_or_path", "_attn_implementation_autoset",
+    "attn_implementation", "unsloth_fixed", "unsloth_version", "tokenizer_class", "prefix", "task_specific_params",
+}
+# An unknown field with one of these in its name, and a value other than null / false, is taken to change the computation.
+SUSPECT = re.compile(r"att|rope|rotary|moe|expert|router|softcap|scal|multiplier|norm|bias|quant|window|mlp|act|head|layer"
+                     r"|logit|qk|embed|residual|position|dropout|hidden|conv|mamba|ssm|lora|adapter|vision|audio", re.I)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3 rotary scaling: wavelengths above original/low are stretched by `factor`, those between are blended."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a Qwen3 or Llama checkpoint's config.json says about the computation; lengths in tokens or features."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 2048
+    dtype: str | None = None  # what the file says its weights are
+
+    @classmethod
+    def from_dir(cls, path: str | Path) -> ModelConfig:
+        """Read `path`/config.json. Raises ValueError that lists every field which is absent, mistyped or not supported."""
+        file = resolve_folder(path) / "config.json"
+        return cls.from_dict(read_json(file), str(file))
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], source: str = "config") -> ModelConfig:
+        """The same from a parsed config.json, in the old spelling or that of transformers 5."""
+        problems = config_problems(raw)
+        theta, scaling = read_rope(raw, problems)
+        if problems:
+            raise ValueError(f"{source}: not a config that this code computes:\n  " + "\n  ".join(problems))
+        heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
+        return cls(
+            model_type=raw["model_type"], **{name: raw[name] for name in POSITIVE_INTS},
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or (128 if raw["model_type"] == "qwen3" else hidden // heads),  # transformers' defaults
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6), rope_theta=theta, rope_scaling=scaling,
+            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            max_position_embeddings=raw.get("max_position_embeddings", 2048), dtype=raw.get("dtype") or raw.get("torch_dtype"))
+
+
+def config_problems(raw: dict[str, Any]) -> list[str]:
+    """Every reason why this config.json cannot be computed faithfully, one line each."""
+    problems = []
+    if raw.get("model_type") not in ("qwen3", "llama"):
+        problems.append(f"model_type: expected 'qwen3' or 'llama', found {raw.get('model_type')!r}")
+    for name in POSITIVE_INTS + ("num_key_value_heads", "head_dim", "max_position_embeddings"):
+        value = raw.get(name, None if name in POSITIVE_INTS else 1)
+        if value is None and name not in POSITIVE_INTS:
+            continue  # null: the default
+        if type(value) is not int or not 0 < value <= LIMIT:
+            problems.append(f"{name}: expected an integer from 1 to {LIMIT}, found {value!r}")
+    eps, tied = raw.get("rms_norm_eps", 1e-6), raw.get("tie_word_embeddings", False)
+    if type(eps) not in (float, int) or not 0 < eps < 1:
+        problems.append(f"rms_norm_eps: expected a number between 0 and 1, found {eps!r}")
+    if type(tied) is not bool:
+        problems.append(f"tie_word_embeddings: expected true or false, found {tied!r}")
+    for name, allowed in FIXED.items():
+        if name in raw and not any(raw[name] == a and type(raw[name]) is type(a) for a in allowed):
+            problems.append(f"{name}: only {allowed[0]!r} is supported, found {raw[name]!r}")
+    if isinstance(types := raw.get("layer_types") or [], list) is False or any(t != "full_attention" for t in types):
+        problems.append(f"layer_types: only 'full_attention' in every layer is supported, found {types!r}")
+    for name in sorted(set(raw) - HARMLESS):
+        if SUSPECT.search(name) and raw[name] not in (None, False):
+            problems.append(f"{name}: unknown field that may change the computation, found {raw[name]!r}")
+    return problems or head_problems(raw)
+
+
+def head_problems(raw: dict[str, Any]) -> list[str]:
+    """Heads that do not divide, once each number is known to be one."""
+    heads, groups = raw["num_attention_heads"], raw.get("num_key_value_heads") or raw["num_attention_heads"]
+    problems = []
+    if heads % groups:
+        problems.append(f"num_key_value_heads: expected a divisor of num_attention_heads={heads}, found {groups}")
+    if not raw.get("head_dim") and raw["model_type"] == "llama" and raw["hidden_size"] % heads:
+        problems.append(f"head_dim: absent, and hidden_size={raw['hidden_size']} is no multiple of {heads} heads")
+    if (raw.get("head_dim") or 2) % 2:
+        problems.append(f"head_dim: expected an even number, found {raw['head_dim']}")
+    return problems
+
+
+def read_rope(raw: dict[str, Any], problems: list[str]) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling) from `rope_theta` + `rope_scaling` or from transformers 5's `rope_parameters`; adds to problems."""
+    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
+    if type(theta) not in (int, float) or not 1 < theta < 1e12 or raw.get("rope_theta", theta) != theta:
+        problems.append(f"rope_theta: expected one number above 1, found {theta!r} and {raw.get('rope_theta')!r}")
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    fields = RopeScaling.__dataclass_fields__ if kind == "llama3" else {}
+    if kind not in ("default", "llama3"):
+        problems.append(f"rope_type: expected 'default' or 'llama3', found {kind!r}")
+    elif set(rope) != set(fields) or any(type(v) not in (int, float) or v <= 0 for v in rope.values()):
+        problems.append(f"rope parameters of type {kind!r}: expected positive {sorted(fields)}, found {rope}")
+    elif kind == "llama3":
+        return theta, RopeScaling(**rope)
+    return theta, None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Parse a JSON object. Raises ValueError with the file's name when it is absent or not one."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{file}: expected a readable JSON file: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transformer
+# ---------------------------------------------------------------------------------------------------------------------
+
+class RMSNorm(nn.Module):
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis, computed in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """theta^(-2i/Dh) for i < Dh/2, with Llama-3's scaling where the config asks for it; (Dh/2,) float32."""
+    steps = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim
+    freq = 1.0 / config.rope_theta ** steps
+    if (s := config.rope_scaling) is None:
+        return freq
+    turns = s.original_max_position_embeddings * freq / (2 * math.pi)  # full turns within the original context
+    blend = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+    return (1 - blend) * freq / s.factor + blend * freq
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (B,H,T,Dh): halves (a, b) -> (a cos - b sin, b cos + a sin), in float32."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+@dataclass
+class Context:
+    """What one forward call hands to every block."""
+
+    cos: Tensor  # (B or 1, 1, T, Dh/2)
+    sin: Tensor
+    mask: Tensor | None = None  # (B,1,T,S) true where a query may look; None: plain causal over the T new tokens
+    positions: Tensor | None = None  # (B or 1,T) place of each new token in its row
+    cache: Cache | None = None
+    lengths: Tensor | None = None  # (B,) real new tokens per row; None: all T
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(Dh)) v with rotary positions, grouped key/value heads and, for Qwen3, RMS-normed q and k."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim, D = layer, config.head_dim, config.hidden_size
+        heads, groups = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(D, heads, bias=False)
+        self.k_proj = nn.Linear(D, groups, bias=False)
+        self.v_proj = nn.Linear(D, groups, bias=False)
+        self.o_proj = nn.Linear(heads, D, bias=False)
+        norms = config.model_type == "qwen3"
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if norms else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if norms else nn.Identity()
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B,H,T,Dh)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B,K,T,Dh)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B,K,T,Dh)
+        q, k = rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin)
+        if ctx.cache is not None:
+            k, v = ctx.cache.append(self.layer, k, v, ctx)  # (B,K,S,Dh)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=ctx.mask, is_causal=ctx.mask is None, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B,T,D)
+
+
+class MLP(nn.Module):
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """h + attention(norm h), then h + mlp(norm h); after one of the two, the side path if there is one."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.side_path: nn.Module | None = None  # (h, state, lengths) -> (h', state)
+        self.side_site = "block"  # or "attention": where the side path sits
+
+    def forward(self, h: Tensor, ctx: Context) -> Tensor:
+        h = h + self.self_attn(self.input_layernorm(h), ctx)
+        h = self.side("attention", h, ctx)
+        h = h + self.mlp(self.post_attention_layernorm(h))
+        return self.side("block", h, ctx)
+
+    def side(self, site: str, h: Tensor, ctx: Context) -> Tensor:
+        """The side path's h' at its own site, with its state read from and left in the cache; h itself elsewhere."""
+        if self.side_path is None or self.side_site != site:
+            return h
+        h, state = self.side_path(h, ctx.cache and ctx.cache.side.get(self.layer), ctx.lengths)
+        if ctx.cache is not None:
+            ctx.cache.side[self.layer] = state
+        return h
+
+
+class Cache:
+    """Keys, values (L x (B,K,capacity,Dh)), tokens so far per row (B,) on the CPU, and the side paths' states by layer."""
+
+    def __init__(self, config: ModelConfig, rows: int, capacity: int, device: Any = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        shape = (rows, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device="cpu")
+        self.side: dict[int, tuple[Tensor, Tensor]] = {}
+        self.capacity = capacity
+
+    def append(self, layer: int, k: Tensor, v: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Write k, v (B,K,T,Dh) at each row's own next positions; returns what the queries look at, (B,K,S,Dh)."""
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        self.keys[layer][rows, :, ctx.positions] = k.transpose(1, 2)
+        self.values[layer][rows, :, ctx.positions] = v.transpose(1, 2)
+        if ctx.mask is None:
+            return k, v  # the cache was empty: plain causal attention among the new tokens
+        S = ctx.mask.shape[-1]
+        return self.keys[layer][:, :, :S], self.values[layer][:, :, :S]
+
+    def advance(self, tokens: int, lengths: Tensor | None) -> None:
+        """Count the new real tokens of each row: `lengths` (B,), or all of them."""
+        self.lengths = self.lengths + (tokens if lengths is None else lengths.to("cpu", torch.int64))
+
+    def put(self, rows: Sequence[int], other: Cache) -> None:
+        """Overwrite these rows with the rows of `other`: keys, values, lengths and side-path state."""
+        index, width = torch.tensor(rows, device=self.keys[0].device), other.capacity
+        for mine, theirs in zip(self.keys + self.values, other.keys + other.values):
+            mine[index, :, :width] = theirs
+        self.lengths[torch.tensor(rows)] = other.lengths
+        for layer, state in other.side.items():
+            full = self.side.setdefault(layer, tuple(s.new_zeros(len(self.lengths), *s.shape[1:]) for s in state))
+            for mine, theirs in zip(full, state):
+                mine[index] = theirs
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop every other row."""
+        index = torch.tensor(rows, device=self.keys[0].device)
+        self.keys, self.values = [k[index] for k in self.keys], [v[index] for v in self.values]
+        self.lengths = self.lengths[torch.tensor(rows)]
+        self.side = {layer: (num[index], den[index]) for layer, (num, den) in self.side.items()}
+
+
+class Transformer(nn.Module):
+    """tokens (B,T) -> hidden (B,T,D) -> logits (B,T,V)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.source, self.folder, self.fingerprint = "", None, None  # where load_model found it, and which backbone it is
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_buffer("inverse_frequencies", inverse_frequencies(config), persistent=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output matrix (V,D): the token embedding itself when tied."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None, lengths: Tensor | None = None) -> Tensor:
+        """Final normed hidden states (B,T,D) of tokens (B,T); with a cache, the rows go on from what it holds.
+
+        lengths (B,): real tokens per row, the rest is padding on the right; needed only with a cache (None: all T).
+        Raises ValueError on a wrong shape or when the cache is too small.
+        """
+        if tokens.dim() != 2 or tokens.is_floating_point() or (lengths is not None and lengths.shape != tokens.shape[:1]):
+            raise ValueError(f"expected integer tokens (B,T) and lengths (B,), found {tuple(tokens.shape)} {tokens.dtype}"
+                             + ("" if lengths is None else f" and {tuple(lengths.shape)}"))
+        ctx = self.context(tokens, cache, lengths)
+        h = self.model.embed_tokens(tokens)  # (B,T,D)
+        for block in self.model.layers:
+            h = block(h, ctx)
+        if cache is not None:
+            cache.advance(tokens.shape[1], lengths)
+        return self.model.norm(h)
+
+    def context(self, tokens: Tensor, cache: Cache | None, lengths: Tensor | None) -> Context:
+        """Rotary tables, write positions and mask of this call."""
+        B, T = tokens.shape
+        positions, mask = torch.arange(T)[None], None  # (1,T)
+        if cache is not None:
+            if len(cache.lengths) != B or int(cache.lengths.max()) + T > cache.capacity:
+                raise ValueError(f"cache of {len(cache.lengths)} rows x {cache.capacity} positions, of which "
+                                 f"{int(cache.lengths.max())} are taken: cannot add {B} rows x {T} tokens")
+            positions = cache.lengths[:, None] + positions  # (B,T)
+            if int(cache.lengths.max()) > 0:
+                mask = torch.arange(int(positions.max()) + 1) <= positions[:, None, :, None]  # (B,1,T,S)
+                mask = mask.to(tokens.device, non_blocking=True)
+        positions = positions.to(tokens.device, non_blocking=True)
+        angle = positions[:, None, :, None].float() * self.inverse_frequencies.float()  # (B,1,T,Dh/2)
+        return Context(angle.cos(), angle.sin(), mask, positions, cache, lengths)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (...,D) -> logits (...,V), in the dtype of the weights."""
+        return F.linear(hidden, self.head_weight)
+
+    def init_weights(self, seed: int) -> None:
+        """Fresh weights: normal(0, 0.02), residual outputs / sqrt(2L), norms one; each from its own seeded generator."""
+        for name, p in self.named_parameters():
+            std = 0.02 / math.sqrt(2 * self.config.num_hidden_layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            with torch.no_grad():
+                p.fill_(1) if p.dim() == 1 else p.copy_(torch.randn(p.shape, generator=generator(seed, name)) * std)
+
+
+def generator(*parts: Any) -> torch.Generator:
+    """A CPU random generator seeded by the text of `parts`, for example (seed, parameter name): no stream is shared."""
+    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------------------------------
+
+WANTED = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+          "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def resolve_folder(path: str | Path) -> Path:
+    """A local folder as it is, a Hugging Face id ("Qwen/Qwen3-0.6B") downloaded or from its cache. Raises ValueError."""
+    if Path(path).is_dir():
+        return Path(path)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or str(path).startswith("."):
+        raise ValueError(f"{path}: no such folder, and not a Hugging Face id of the form owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=WANTED))
+    except Exception as error:  # offline, unknown or gated repository: the library raises a dozen types
+        raise ValueError(f"{path}: no such local folder, and it could neither be downloaded from the Hugging Face hub nor "
+                         f"found in its cache ({type(error).__name__}); give a local folder or connect once") from None
+
+
+def load_model(path: str | Path, device: Any = "cpu", dtype: torch.dtype | str | None = None) -> Transformer:
+    """The checkpoint in `path` (folder or hub id) as a Transformer in eval mode.
+
+    dtype None keeps the file's. On the CPU and without a change of dtype the weights are the memory-mapped file itself.
+    Raises ValueError that lists every tensor which is missing, unexpected, of the wrong shape or of an unknown dtype.
+    """
+    folder = resolve_folder(path)
+    config = ModelConfig.from_dir(folder)
+    with torch.device("meta"):
+        model = Transformer(config)
+    files = tensor_files(folder)
+    check_tensors(model, files, folder)
+    if dtype is None:
+        dtype = DTYPES[tensor_info(files["model.embed_tokens.weight"])["model.embed_tokens.weight"][1]]
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    weights = {name: read_tensor(files[name], name).to(device, dtype) for name, _ in model.named_parameters()}
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.inverse_frequencies = model.inverse_frequencies.to(device)
+    model.source, model.folder, model.fingerprint = str(path), folder, fingerprint(config, folder)
+    return model.eval()
+
+
+def fingerprint(config: ModelConfig, folder: Path) -> str:
+    """sha256 of what the config computes and of tokenizer.json: the identity that an adapter remembers its backbone by."""
+    computed = {k: v for k, v in dataclasses.asdict(config).items() if k != "dtype"}
+    digest = hashlib.sha256(json.dumps(computed, sort_keys=True).encode())
+    if (folder / "tokenizer.json").exists():
+        digest.update((folder / "tokenizer.json").read_bytes())
+    return digest.hexdigest()
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the safetensors file that holds it, from model.safetensors or the index of its shards."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return dict.fromkeys(tensor_info(folder / "model.safetensors"), folder / "model.safetensors")
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(f, str) and Path(f).name == f for f in table.values()):
+        raise ValueError(f"{index}: expected a weight_map from tensor names to file names in the same folder")
+    held = {name: shard for shard in sorted(set(table.values())) for name in tensor_info(folder / shard)}
+    wrong = [f"{name}: index says {table.get(name)}, found in {held.get(name)}"
+             for name in sorted(set(table) | set(held)) if table.get(name) != held.get(name)]
+    if wrong:
+        raise ValueError(f"{index}: does not match its shards:\n  " + "\n  ".join(wrong))
+    return {name: folder / shard for name, shard in held.items()}
+
+
+def tensor_info(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> (shape, dtype) of every tensor in a safetensors file. Raises ValueError when it is not one."""
+    try:
+        with safe_open(file, framework="pt") as f:
+            return {name: (tuple(f.get_slice(name).get_shape()), f.get_slice(name).get_dtype()) for name in f.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: expected a readable safetensors file: {error}") from None
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """One tensor, mapped from the file. The file is opened per tensor so that a converted tensor's pages are let go."""
+    with safe_open(file, framework="pt") as f:
+        return f.get_tensor(name)
+
+
+def check_tensors(model: Transformer, files: dict[str, Path], folder: Path) -> None:
+    """Compare the checkpoint's names, shapes and dtypes with the model's; raises ValueError with every offender."""
+    info = {name: entry for file in set(files.values()) for name, entry in tensor_info(file).items()}
+    want = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    found = {name for name in info if not name.endswith("rotary_emb.inv_freq")}  # a buffer of old checkpoints
+    if model.config.tie_word_embeddings and "lm_head.weight" in found and "model.embed_tokens.weight" in found:
+        tied = [read_tensor(files[name], name) for name in ("lm_head.weight", "model.embed_tokens.weight")]
+        if torch.equal(*tied) if tied[0].shape == tied[1].shape else False:
+            found.discard("lm_head.weight")  # written although tied, and equal: nothing is lost
+    problems = [f"missing: {name} {want[name]}" for name in sorted(set(want) - found)]
+    problems += [f"unexpected: {name} {info[name][0]}" for name in sorted(found - set(want))]
+    for name in sorted(found & set(want)):
+        shape, dtype = info[name]
+        if shape != want[name]:
+            problems.append(f"shape: {name} is {shape}, config.json says {want[name]}")
+        if dtype not in DTYPES:
+            problems.append(f"dtype: {name} is {dtype}, expected one of {sorted(DTYPES)}")
+    if problems:
+        raise ValueError(f"{folder}: the tensors do not fit config.json:\n  " + "\n  ".join(problems))
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """A temporary file or folder beside `path`, renamed to it when the block ends well and removed when it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield tmp
+        os.replace(tmp, path)
+    finally:
+        shutil.rmtree(tmp) if tmp.is_dir() else tmp.unlink(missing_ok=True)
+
+
+def save_model(model: Transformer, folder: str | Path) -> None:
+    """Write a bare Transformer as a Hugging Face folder: its weights, and config and tokenizer files of where it was loaded.
+
+    The folder appears at once and complete. Raises ValueError when the model has tensors beyond a plain checkpoint's, or
+    was not loaded from a folder.
+    """
+    weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    with torch.device("meta"):
+        extra = sorted(set(weights) - set(dict(Transformer(model.config).named_parameters())))
+    if extra or model.folder is None:
+        raise ValueError(f"{folder}: not a bare model loaded from a folder" + (f"; first extra tensor: {extra[0]}" if extra else ""))
+    with atomic(folder) as tmp:
+        tmp.mkdir()
+        save_file(weights, tmp / "model.safetensors", metadata={"format": "pt"})
+        for name in WANTED:
+            if "safetensors" not in name and name != "config.json" and (model.folder / name).exists():
+                shutil.copyfile(model.folder / name, tmp / name)
+        raw = read_json(model.folder / "config.json")
+        dtype = str(model.head_weight.dtype).removeprefix("torch.")
+        raw |= {key: dtype for key in ("dtype", "torch_dtype") if key in raw or key == "dtype"}
+        (tmp / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer and chat rendering
+# ---------------------------------------------------------------------------------------------------------------------
+
+# For a base model without a chat template: "Question: ...\nAnswer:\n...<eos>\n", a system text first on its own lines.
+PLAIN_TEMPLATE = ("{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n{% elif m.role == 'user' %}"
+                  "Question: {{ m.content }}\n{% else %}Answer:\n{{ m.content }}{{ eos_token }}\n{% endif %}{% endfor %}"
+                  "{% if add_generation_prompt %}Answer:\n{% endif %}")
+TODAY = datetime.date(2024, 7, 26)  # templates that print a date get this one, so that no run depends on the day
+
+
+class GenerationTag(jinja2.ext.Extension):
+    """`{% generation %} ... {% endgeneration %}`, which some templates put around assistant text: rendered as its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def compile_template(source: str) -> jinja2.Template:
+    """A chat template in jinja2's immutable sandbox, with the helpers that templates expect."""
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                       extensions=[GenerationTag, jinja2.ext.loopcontrols])
+    env.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    env.globals.update(raise_exception=raise_exception, strftime_now=TODAY.strftime)
+    return env.from_string(source)
+
+
+@dataclass
+class Tokenizer:
+    """Text <-> token ids, and messages -> text by the model's own chat template."""
+
+    core: tokenizers.Tokenizer
+    template: jinja2.Template
+    eos_ids: tuple[int, ...]  # every id that ends a turn, sorted
+    specials: dict[str, str] = field(default_factory=dict)  # bos_token, eos_token, ... as the template sees them
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of rendered text. Nothing is added: a template writes its own BOS."""
+        return self.core.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """Text of token ids."""
+        return self.core.decode(list(ids), skip_special_tokens=skip_special)
+
+    def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> str:
+        """messages [{role, content}] as text; thinking is off, dates are pinned. Raises ValueError when the template does."""
+        try:
+            return self.template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, tools=None,
+                                        documents=None, enable_thinking=False, date_string=TODAY.strftime("%d %b %Y"), **self.specials)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refuses these messages: {error}") from None
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """tokenizer.json, chat template and stop ids of a checkpoint folder or hub id. Raises ValueError."""
+    folder = resolve_folder(path)
+    try:
+        core = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"{folder / 'tokenizer.json'}: expected a readable tokenizer: {error}") from None
+    core.no_padding()
+    core.no_truncation()
+    core.post_processor = tokenizers.processors.Sequence([])  # adds no BOS and leaves character offsets exact
+    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+    check_vocabulary(core, settings, folder)
+    specials = {name: token if isinstance(token, str) else token["content"] for name, token in settings.items()
+                if name.endswith("_token") and isinstance(token, (str, dict))}
+    eos_ids = stop_ids(core, specials, folder)
+    return Tokenizer(core, compile_template(template_source(settings, folder)), eos_ids, specials)
+
+
+def check_vocabulary(core: tokenizers.Tokenizer, settings: dict[str, Any], folder: Path) -> None:
+    """The added tokens that tokenizer_config.json lists must be in tokenizer.json, and all ids inside the embedding."""
+    wrong = [f"{entry['content']!r}: tokenizer_config.json says id {key}, tokenizer.json says {core.token_to_id(entry['content'])}"
+             for key, entry in settings.get("added_tokens_decoder", {}).items() if core.token_to_id(entry["content"]) != int(key)]
+    rows = ModelConfig.from_dir(folder).vocab_size if (folder / "config.json").exists() else LIMIT
+    top = max(core.get_vocab().values(), default=-1)
+    if top >= rows:
+        wrong.append(f"highest token id {top}, but config.json has vocab_size {rows}")
+    if wrong:
+        raise ValueError(f"{folder}: tokenizer.json does not fit its neighbours:\n  " + "\n  ".join(wrong))
+
+
+def stop_ids(core: tokenizers.Tokenizer, specials: dict[str, str], folder: Path) -> tuple[int, ...]:
+    """Union of the end-of-sequence ids in generation_config.json, tokenizer_config.json and config.json."""
+    ids = {core.token_to_id(specials["eos_token"])} if "eos_token" in specials else set()
+    for name in ("generation_config.json", "config.json"):
+        value = read_json(folder / name).get("eos_token_id") if (folder / name).exists() else None
+        ids |= set(value if isinstance(value, list) else [value])
+    return tuple(sorted(ids - {None}))
+
+
+def template_source(settings: dict[str, Any], folder: Path) -> str:
+    """chat_template.jinja, else tokenizer_config.json's chat_template (a list: the one named default), else the plain one."""
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    template = settings.get("chat_template") or PLAIN_TEMPLATE
+    return template if isinstance(template, str) else {t["name"]: t["template"] for t in template}["default"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+# ---------------------------------------------------------------------------------------------------------------------
+
+def pad_rows(rows: Sequence[Sequence[int]], device: Any = "cpu") -> tuple[Tensor, Tensor]:
+    """Rows of ids as tokens (B,T), zeros on the right, and their lengths (B,)."""
+    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    for b, row in enumerate(rows):
+        tokens[b, :len(row)] = torch.tensor(row, dtype=torch.int64)
+    return tokens.to(device), torch.tensor([len(row) for row in rows])
+
+
+def choose(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> Tensor:
+    """Next ids (B,) from logits (B,V): arg max at temperature 0, else the u-quantile (B,) of the top-p distribution."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, order = (logits.double() / temperature).softmax(-1).sort(dim=-1, descending=True)  # (B,V)
+    before = p.cumsum(-1) - p  # probability of everything likelier
+    p = p.masked_fill(before >= top_p, 0)  # the likeliest token always stays: nothing comes before it
+    total = p.cumsum(-1)
+    pick = torch.searchsorted(total, u[:, None].to(total) * total[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
+    return order.gather(-1, pick)[:, 0]
+
+
+@torch.no_grad()
+def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0,
+             seed: int = 0, eos_ids: Iterable[int] = (), batch_rows: int = 16) -> list[list[int]]:
+    """Continue each prompt until an id of eos_ids (kept as the last id) or max_new_tokens; results in the prompts' order.
+
+    `batch_rows` rows run at once and a finished row takes the next prompt. Prompt i's n-th draw depends on (seed, i, n)
+    only, so the batch does not change what is sampled. Raises ValueError on bad prompts or settings.
+    """
+    check_generate(model, prompts, max_new_tokens, temperature, top_p, batch_rows)
+    device, stop = model.head_weight.device, set(eos_ids)
+    draws = torch.rand(len(prompts), max_new_tokens, dtype=torch.float64, generator=generator(seed, "generate"))
+    out: list[list[int]] = [[] for _ in prompts]
+    queue = sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if max_new_tokens else []  # the longest first, from the end
+    rows: list[int | None] = [None] * min(batch_rows, len(queue))  # which prompt each row works on
+    cache = Cache(model.config, len(rows), max(map(len, prompts), default=0) + max_new_tokens, device, model.head_weight.dtype)
+    last = torch.zeros(len(rows), 1, dtype=torch.int64)
+    training = model.training
+    model.eval()
+    bar = tqdm(total=len(prompts), desc="generate", unit="prompt", disable=None)
+
+    def take(hidden: Tensor, which: Sequence[int]) -> None:
+        """Choose the next token of these rows from their last hidden states (n,D); retire rows that are done."""
+        ids = [rows[b] for b in which]
+        u = torch.stack([draws[i, len(out[i])] for i in ids])
+        chosen = choose(model.logits(hidden).float(), temperature, top_p, u).tolist()
+        for b, i, token in zip(which, ids, chosen):
+            out[i].append(token)
+            last[b] = token
+            if token in stop or len(out[i]) == max_new_tokens:
+                rows[b] = None
+                bar.update()
+        bar.set_postfix(tokens=sum(map(len, out)), refresh=False)
+
+    while queue or any(i is not None for i in rows):
+        while queue and None in rows:  # prefill free rows; one that ends at its first token is free again
+            free = [b for b, i in enumerate(rows) if i is None][:len(queue)]
+            for b in free:
+                rows[b] = queue.pop()
+            tokens, lengths = pad_rows([prompts[rows[b]] for b in free], device)
+            part = Cache(model.config, len(free), tokens.shape[1], device, model.head_weight.dtype)
+            hidden = model(tokens, part, lengths)
+            cache.put(free, part)
+            take(hidden[torch.arange(len(free)), lengths - 1], free)
+        live = [b for b, i in enumerate(rows) if i is not None]
+        if live and 2 * len(live) <= len(rows):  # nothing left to refill with: drop the idle rows
+            cache.keep(live)
+            rows, last = [rows[b] for b in live], last[live]
+            live = list(range(len(live)))
+        if live:
+            step = torch.tensor([int(i is not None) for i in rows])  # an idle row does not advance
+            hidden = model(last.to(device), cache, step)
+            take(hidden[live, 0], live)
+    bar.close()
+    model.train(training)
+    return out
+
+
+def check_generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float,
+                   batch_rows: int) -> None:
+    """Raise ValueError that lists every prompt or setting that `generate` cannot use."""
+    V = model.config.vocab_size
+    wrong = [f"prompt {i}: expected at least one token id" for i, p in enumerate(prompts) if len(p) == 0]
+    wrong += [f"prompt {i}: token ids must be from 0 to {V - 1}, found {min(p)} to {max(p)}"
+              for i, p in enumerate(prompts) if len(p) and not (0 <= min(p) and max(p) < V)]
+    if max_new_tokens < 0 or batch_rows < 1:
+        wrong.append(f"expected max_new_tokens >= 0 and batch_rows >= 1, found {max_new_tokens} and {batch_rows}")
+    if not (0 <= temperature < math.inf and 0 < top_p <= 1):
+        wrong.append(f"expected temperature >= 0 and 0 < top_p <= 1, found {temperature} and {top_p}")
+    if wrong:
+        raise ValueError("generate: " + "\n  ".join(wrong))

@@ -1,0 +1,663 @@
+"""Supervised fine-tuning of an adapter and a TALAN side path (or of every weight): `python train.py --help`.
+
+rows -> token ids and labels -> length-bucketed steps of micro-batches -> the loop -> checkpoints -> scores of base and adapted.
+
+Shapes: B rows, T tokens, N supervised tokens of a micro-batch, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from data.settings import given, setting
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Post-train a backbone with an adapter and a TALAN side path. Without flags: the embedded backbone and data."""
+
+    backbone: str = setting(str(HERE / "data/tiny/model"), "Hugging Face folder or hub id")
+    data: tuple[str, ...] = setting((str(HERE / "data/tiny/train.jsonl"),), "training rows: JSONL files, .gz allowed")
+    dev_data: tuple[str, ...] = setting((), "held-out rows; without it --dev-rows are taken from --data")
+    dev_rows: int = setting(64, "rows held out from --data for the loss during training")
+    tasks: tuple[str, ...] = setting(("math", "word", "science", "code"), "scored before and after, as eval.py --tasks; none: nothing")
+    out: str = setting("", "run folder; empty: the next free runs/NUMBER")
+    adapter: str = setting("lora", "none, lora, dora or rslora")
+    rank: int = setting(16, "rank of the adapter")
+    alpha: float = setting(32.0, "the adapter's scale is alpha / rank (rslora: alpha / sqrt(rank))")
+    dropout: float = setting(0.0, "dropout on the adapter's input")
+    targets: tuple[str, ...] = setting(("all",), "projections with an adapter")
+    talan: bool = setting(True, "attach the side path")
+    layers: tuple[str, ...] = setting(("0.5",), "side path: layers, as indices or fractions of the depth")
+    site: str = setting("block", "side path: after the block or after the attention")
+    slots: int = setting(8, "side path: memory slots")
+    width: int = setting(64, "side path: memory width")
+    mixer: str = setting("linear", "side path: linear, mlp or attention")
+    writeback: str = setting("gate", "side path: add, gate or bounded")
+    bound: float = setting(0.1, "side path: the bounded writeback's share of the stream's norm")
+    grad_scale: float = setting(1.0, "side path: factor on all gradients it receives")
+    trunk_grad_scale: float = setting(1.0, "side path: factor on the gradient it sends back to the trunk; 0 detaches")
+    talan_lr_scale: float = setting(1.0, "side path: factor on the learning rate")
+    scope: str = setting("joint", "what trains: joint, adapter, talan, writeback or full")
+    seed: int = setting(0, "seeds the starts, the order of the rows and dropout, each its own stream")
+    steps: int = setting(0, "optimizer steps; 0: as --epochs says")
+    epochs: float = setting(1.0, "passes over the data when --steps is 0")
+    step_tokens: int = setting(4096, "tokens of one optimizer step, padding included")
+    micro_tokens: int = setting(0, "tokens of one micro-batch, padding included; 0: the whole step at once")
+    max_tokens: int = setting(1024, "longer rows are dropped and counted, or cut with --truncate")
+    truncate: bool = setting(False, "cut rows longer than --max-tokens instead of dropping them")
+    lr: float = setting(3e-3, "peak learning rate")
+    min_lr: float = setting(0.1, "share of the peak that the cosine ends at")
+    warmup: float = setting(0.05, "share of the steps with a linearly rising rate")
+    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")
+    clip: float = setting(1.0, "largest global gradient norm; 0: no clipping")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
+    dtype: str = setting("auto", "backbone dtype: float32 or bfloat16; auto: bfloat16 on a GPU")
+    compile: bool = setting(False, "torch.compile the model")
+    checkpointing: bool = setting(False, "recompute each block in backward: less memory, more time")
+    log_every: int = setting(10, "steps between printed lines (metrics.jsonl has every step)")
+    eval_every: int = setting(50, "steps between losses on the held-out rows; 0: only at the end")
+    save_every: int = setting(50, "steps between checkpoints; 0: only at the end")
+    dry_run: bool = setting(False, "print settings, parameters, counts and one marked batch; train nothing")
+    resume: bool = setting(False, "go on with the run in --out, by its own settings")
+    overwrite: bool = setting(False, "delete the run in --out first")
+
+
+GIVEN = given(Settings, sys.argv[1:]) if __name__ == "__main__" else {}  # before torch loads: --help answers at once
+
+import contextlib  # noqa: E402
+import gzip  # noqa: E402
+import json  # noqa: E402
+import math  # noqa: E402
+import platform  # noqa: E402
+import re  # noqa: E402
+import shutil  # noqa: E402
+import signal  # noqa: E402
+import subprocess  # noqa: E402
+import time  # noqa: E402
+from typing import Any, Iterator, Sequence  # noqa: E402
+
+import numpy  # noqa: E402
+import safetensors  # noqa: E402
+import tokenizers  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from model import Tokenizer, Transformer, atomic, generator, load_model, load_tokenizer, pad_rows, read_json, save_model  # noqa: E402
+from talan import AdapterConfig, TalanConfig, attach, checkpoint_folder, group_of, report, save_adapter  # noqa: E402
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows -> token ids and labels
+# ---------------------------------------------------------------------------------------------------------------------
+
+Message = dict[str, str]
+OPEN, CLOSE = "\ue0f0", "\ue0f1"  # private-use characters that mark an assistant's text while the template is rendered
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation: its token ids, and which of them are supervised (assistant text and the stop token after it)."""
+
+    ids: list[int]
+    supervised: list[bool]
+
+
+def read_rows(file: str | Path) -> Iterator[tuple[str, list[Message]]]:
+    """Yield ("file:line", messages) of each JSONL line. Raises ValueError with file:line on the first unreadable row."""
+    try:
+        with (gzip.open(file) if str(file).endswith(".gz") else open(file, "rb")) as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield (where := f"{file}:{number}"), parse_row(line.removeprefix(b"\xef\xbb\xbf"), where)
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{file}: expected a readable JSONL file: {error}") from None
+
+
+def parse_row(line: bytes, where: str) -> list[Message]:
+    """{"messages": [...]}, {"prompt", "completion"} or GSM8K's {"question", "answer"} -> messages. Raises ValueError."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where}: expected one JSON object in UTF-8: {error}") from None
+    keys = set(row) if isinstance(row, dict) else set()
+    if "messages" in keys:
+        messages = row["messages"]
+    elif {"prompt", "completion"} <= keys:
+        messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+    elif {"question", "answer"} <= keys:  # GSM8K: the answer's calculator marks <<48/2=24>> are not for reading
+        answer = re.sub(r"<<[^<>]*>>", "", row["answer"]) if isinstance(row["answer"], str) else row["answer"]
+        messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": answer}]
+    else:
+        raise ValueError(f"{where}: expected messages, or prompt and completion, or question and answer; found {sorted(keys) or row!r}")
+    fits = isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") in
+                                              ("system", "user", "assistant", "tool") for m in messages)
+    if not fits or not any(m["role"] == "assistant" for m in messages):
+        raise ValueError(f"{where}: expected messages of {{role, content}} in text, one of them the assistant's; found {str(messages)[:200]}")
+    return messages
+
+
+def encode_row(tokenizer: Tokenizer, messages: Sequence[Message]) -> Row:
+    """Ids of the rendered conversation; supervised: every token that lies wholly in an assistant's text or stop token.
+
+    The text is encoded once and as a whole, so merges at the borders are those of the joint encoding, and a token that
+    reaches from the template into the text carries no label. Raises ValueError when the turns cannot be found.
+    """
+    text, spans = mark_turns(tokenizer, messages)
+    encoding = tokenizer.core.encode(text, add_special_tokens=False)
+    supervised, spans = [], iter(spans)
+    begin, end = next(spans)
+    for a, b in encoding.offsets:
+        while a >= end:
+            begin, end = next(spans, (len(text) + 1, len(text) + 1))
+        supervised.append(begin <= a < b <= end)
+    return Row(encoding.ids, supervised)
+
+
+def mark_turns(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered text and, for each assistant turn, [begin, end) of the characters to supervise, stop token included."""
+    text = tokenizer.render(messages)
+    if OPEN in text or CLOSE in text:
+        raise ValueError("the text holds the private-use characters U+E0F0 or U+E0F1, which mark turns here")
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    marked = try_marks(tokenizer, messages, {i: OPEN + messages[i]["content"] + CLOSE for i in turns}, text)
+    if marked is None:  # the template changes some turn (strips it, moves its thoughts): find each by itself
+        found = [next(filter(None, (try_marks(tokenizer, messages, {i: c}, text) for c in candidates(messages[i]["content"]))), None)
+                 for i in turns]
+        if None in found:
+            raise ValueError(f"the chat template changes assistant turn {found.index(None) + 1} so that its text cannot be told from the template's")
+        spans = [span for one in found for span in one or []]
+    else:
+        spans = marked
+    return text, [(begin, stop_end(tokenizer, text, end)) for begin, end in spans]
+
+
+def candidates(content: str) -> Iterator[str]:
+    """Marked forms of an assistant's content, as templates are known to change it."""
+    answer = content.split("</think>")[-1].lstrip("\n")
+    for form in (content, content.strip(), content.rstrip(), content.lstrip("\n"), answer, answer.strip()):
+        yield OPEN + form + CLOSE
+    if "</think>" in content:  # thoughts that stay: supervised with their tags
+        thoughts = content.split("</think>")[0].split("<think>")[-1].strip("\n")
+        yield f"<think>\n{OPEN}{thoughts}\n</think>\n\n{answer}{CLOSE}"
+
+
+def try_marks(tokenizer: Tokenizer, messages: Sequence[Message], contents: dict[int, str], text: str) -> list[tuple[int, int]] | None:
+    """Spans of the marked turns in `text`, or None when marking changes anything else about the rendered text."""
+    changed = [{**m, "content": contents[i]} if i in contents else m for i, m in enumerate(messages)]
+    marked = tokenizer.render(changed)
+    parts = re.split(f"[{OPEN}{CLOSE}]", marked)
+    if "".join(parts) != text or len(parts) != 2 * len(contents) + 1:
+        return None
+    edges = [0]
+    for part in parts[:-1]:
+        edges.append(edges[-1] + len(part))
+    spans = list(zip(edges[1::2], edges[2::2]))
+    return [(begin - 8 if text[:begin].endswith("<think>\n") and "</think>" in text[begin:end] else begin, end) for begin, end in spans]
+
+
+def stop_end(tokenizer: Tokenizer, text: str, end: int) -> int:
+    """Where the stop token after an assistant's text ends. Raises ValueError when none follows: the model would never stop."""
+    after = len(text) - len(text[end:].lstrip())
+    for token in (tokenizer.core.id_to_token(i) for i in tokenizer.eos_ids):
+        if token and text.startswith(token, after):
+            return after + len(token)
+    raise ValueError(f"no stop token follows an assistant turn; found {text[end:end + 20]!r}, stop ids are {tokenizer.eos_ids}")
+
+
+def load_rows(files: Sequence[str], tokenizer: Tokenizer, settings: Settings) -> tuple[list[Row], dict[str, int]]:
+    """Every usable row, and counts: read, too_long (dropped), truncated, unlabelled (dropped). Raises ValueError with file:line."""
+    rows, counts = [], dict.fromkeys(("read", "too_long", "truncated", "unlabelled"), 0)
+    limit = min(settings.max_tokens, settings.micro_tokens or settings.step_tokens)
+    for file in files:
+        for where, messages in tqdm(read_rows(file), desc=f"encode {Path(file).name}", unit="row", disable=None):
+            try:
+                row = encode_row(tokenizer, messages)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            counts["read"] += 1
+            long = len(row.ids) > limit
+            counts["truncated" if settings.truncate else "too_long"] += long
+            row = Row(row.ids[:limit], row.supervised[:limit]) if long else row
+            if long and not settings.truncate:
+                continue
+            counts["unlabelled"] += not any(row.supervised[1:])
+            if any(row.supervised[1:]):
+                rows.append(row)
+    if not rows:
+        raise ValueError(f"{', '.join(files)}: no usable row; counts: {counts}")
+    return rows, counts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------------------------------
+
+Step = list[list[int]]  # an optimizer step: micro-batches of row numbers
+
+
+def plan_epoch(lengths: Sequence[int], step_tokens: int, micro_tokens: int, seed: int, epoch: int) -> list[Step]:
+    """Every row once: shuffled, sorted by length within windows, packed into steps of at most step_tokens (rows x longest).
+
+    A step's rows do not depend on micro_tokens, which only splits it: 1 x 8 rows and 4 x 2 rows are the same step.
+    """
+    g = generator(seed, "order", epoch)
+    order = torch.randperm(len(lengths), generator=g).tolist()
+    window = max(1, 50 * step_tokens * len(lengths) // max(1, sum(lengths)))  # rows of about fifty steps
+    windows = [sorted(order[i:i + window], key=lambda n: lengths[n]) for i in range(0, len(order), window)]
+    steps = [step for part in windows for step in pack(part, lengths, step_tokens)]
+    return [pack(steps[i], lengths, micro_tokens or step_tokens) for i in torch.randperm(len(steps), generator=g).tolist()]
+
+
+def pack(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Cut rows into consecutive groups whose padded size, rows x longest, stays within budget (a single row always fits)."""
+    groups: list[list[int]] = [[]]
+    longest = 0
+    for n in rows:
+        longest = max(longest, lengths[n])
+        if groups[-1] and longest * (len(groups[-1]) + 1) > budget:
+            groups.append([])
+            longest = lengths[n]
+        groups[-1].append(n)
+    return groups
+
+
+def plan_steps(lengths: Sequence[int], settings: Settings) -> Iterator[Step]:
+    """The steps of epoch 0, 1, 2, ... for ever: a function of the seed, so a resumed run skips to its place."""
+    epoch = 0
+    while True:
+        yield from plan_epoch(lengths, settings.step_tokens, settings.micro_tokens, settings.seed, epoch)
+        epoch += 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """tokens (B,T) padded on the right; places (N,) of the hidden states that predict the targets (N,), in the flattened (B*T)."""
+
+    tokens: Tensor
+    places: Tensor
+    targets: Tensor
+
+
+def make_batch(rows: Sequence[Row], device: Any) -> Batch:
+    """Position t predicts token t + 1, so the last token of a row is fed to nobody and the first is nobody's target."""
+    tokens, _ = pad_rows([row.ids for row in rows])  # (B,T+1)
+    labels, _ = pad_rows([[int(s) for s in row.supervised] for row in rows])  # (B,T+1), padding 0
+    places = labels[:, 1:].reshape(-1).nonzero()[:, 0]  # (N,)
+    targets = tokens[:, 1:].reshape(-1)[places]  # (N,)
+    return Batch(*(t.to(device, non_blocking=True) for t in (tokens[:, :-1].contiguous(), places, targets)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+class CrossEntropySum(torch.autograd.Function):
+    """sum_n (logsumexp(l_n) - l_n[target_n]) with l = hidden weight^T, a chunk of rows at a time.
+
+    The gradient softmax(l) - onehot(target) is multiplied out within the chunk in forward, so no (N,V) tensor lives on.
+    hidden (N,D), weight (V,D), targets (N,) -> scalar float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, learn: bool) -> Tensor:
+        total = torch.zeros((), device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if learn else None
+        d_weight = torch.zeros_like(weight) if learn and weight.requires_grad else None
+        size = max(1, (1 << 24) // weight.shape[0])  # 64 MiB of float32 logits
+        for start in range(0, len(hidden), size):
+            h, target = hidden[start:start + size], targets[start:start + size, None]
+            logits = (h @ weight.T).float()  # (chunk,V)
+            lse = logits.logsumexp(-1, keepdim=True)
+            total += (lse - logits.gather(-1, target)).sum()
+            if learn:
+                p = logits.sub_(lse).exp_()
+                p.scatter_add_(-1, target, p.new_full((1, 1), -1.0).expand_as(target))
+                p = p.to(weight.dtype)
+                d_hidden[start:start + size] = p @ weight
+                if d_weight is not None:
+                    d_weight += p.T @ h
+        ctx.save_for_backward(d_hidden, d_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *(None if d is None else d * grad.to(d.dtype) for d in ctx.saved_tensors), None, None
+
+
+def loss_sum(model: nn.Module, batch: Batch, weight: Tensor) -> Tensor:
+    """Cross-entropy summed over the batch's N supervised tokens; logits exist only there."""
+    hidden = model(batch.tokens).flatten(0, 1)[batch.places]  # (N,D)
+    return CrossEntropySum.apply(hidden, weight, batch.targets, torch.is_grad_enabled())
+
+
+@torch.no_grad()
+def mean_loss(model: Transformer, rows: Sequence[Row], budget: int, device: Any) -> float:
+    """Mean cross-entropy over all supervised tokens of these rows, in eval mode; draws no random number."""
+    training, total, count = model.training, 0.0, 0
+    model.eval()
+    order = sorted(range(len(rows)), key=lambda n: len(rows[n].ids))
+    for group in pack(order, [len(row.ids) for row in rows], budget):
+        batch = make_batch([rows[n] for n in group], device)
+        total, count = total + loss_sum(model, batch, model.head_weight).item(), count + len(batch.targets)
+    model.train(training)
+    return total / count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run: model, optimizer, checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+def build_model(settings: Settings, device: torch.device) -> Transformer:
+    """The backbone with adapter and side path attached as the settings say. Raises ValueError."""
+    dtype = choose_dtype(settings.dtype, device)
+    if settings.scope == "full" and dtype != torch.float32:
+        raise ValueError(f"scope full trains the backbone, whose weights must then be float32, found {dtype}: use --dtype float32")
+    adapter = AdapterConfig(settings.adapter, settings.rank, settings.alpha, settings.dropout, settings.targets)
+    layers = tuple(float(x) if "." in x else int(x) for x in settings.layers) if settings.talan else ()
+    talan = TalanConfig(layers, settings.site, settings.slots, settings.width, settings.mixer, settings.writeback, settings.bound,
+                        settings.grad_scale, settings.trunk_grad_scale) if settings.talan else None
+    model = load_model(settings.backbone, device, dtype)
+    attach(model, adapter, talan, settings.scope, settings.seed)
+    return model
+
+
+def choose_device(name: str) -> torch.device:
+    """auto: the GPU when there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 on a GPU, float32 on a CPU. Raises ValueError on any other name."""
+    names = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in names:
+        raise ValueError(f"dtype: expected one of {', '.join(names)}, found {name!r}")
+    return names[name]
+
+
+def build_optimizer(model: Transformer, settings: Settings) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; the side path in a group of its own, whose rate is talan_lr_scale times the other."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for name, p in named if (group_of(name) == "side path") == side], "lr_scale": scale}
+              for side, scale in ((False, 1.0), (True, settings.talan_lr_scale))]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+
+
+def learning_rate(step: int, steps: int, settings: Settings) -> float:
+    """Rate of step 1..steps: linear over the first warmup * steps, then a half cosine from lr to min_lr * lr."""
+    rise = max(1, round(settings.warmup * steps))
+    if step <= rise:
+        return settings.lr * step / rise
+    progress = (step - rise) / max(1, steps - rise)
+    return settings.lr * (settings.min_lr + (1 - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def save_checkpoint(run: Path, step: int, model: Transformer, optimizer: torch.optim.AdamW) -> None:
+    """RUN/step-N, complete or absent: adapter and side path (scope full: the weights), optimizer state. Older ones are removed."""
+    with atomic(run / f"step-{step:07d}") as tmp:
+        if any(group_of(name) == "backbone" and p.requires_grad for name, p in model.named_parameters()):
+            save_model(model, tmp)
+        else:
+            save_adapter(model, tmp)
+        state = {}
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                state[f"parameter.{name}"] = p.detach().cpu()
+                state |= {f"{key}.{name}": value.cpu() for key, value in optimizer.state[p].items()}
+        save_file(state, tmp / "train_state.safetensors")
+        (tmp / "train_state.json").write_text(json.dumps({"format": 1, "step": step}) + "\n")
+    for old in sorted(run.glob("step-*"))[:-1]:
+        remove_folder(old)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder so that it is never seen half deleted."""
+    hidden = folder.with_name(f".{folder.name}.old")
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def load_checkpoint(run: Path, model: Transformer, optimizer: torch.optim.AdamW) -> int:
+    """Put parameters and optimizer state of the newest checkpoint into model and optimizer; returns its step, 0 without one."""
+    folder = checkpoint_folder(run)
+    if not (folder / "train_state.json").exists():
+        return 0
+    info = read_json(folder / "train_state.json")
+    if info.get("format") != 1:
+        raise ValueError(f"{folder}: train_state of format {info.get('format')!r}, this code reads 1")
+    state = load_file(folder / "train_state.safetensors")
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    want = {f"{key}.{name}" for name in named for key in ("parameter", "step", "exp_avg", "exp_avg_sq")}
+    if want != set(state):
+        raise ValueError(f"{folder}: train_state does not fit these settings: {sorted(want ^ set(state))}")
+    for name, p in named.items():
+        p.data.copy_(state[f"parameter.{name}"])
+        kept = {key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {key: value.to(p.device) for key, value in kept.items()}
+    return info["step"]
+
+
+def finish_run(run: Path) -> None:
+    """Move the last checkpoint's files up into the run folder. While a step folder exists, it is the one that counts."""
+    folder = checkpoint_folder(run)
+    if folder == run:
+        return
+    for file in folder.iterdir():
+        with atomic(run / file.name) as tmp:
+            shutil.copyfile(file, tmp)
+    remove_folder(folder)
+
+
+class Metrics:
+    """metrics.jsonl of a run: one JSON object a line, appended at once; a resumed run drops what lies past its checkpoint."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        self.file = run / "metrics.jsonl"
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        with atomic(self.file) as tmp:
+            tmp.write_text("".join(line + "\n" for line in lines if self.keeps(line, step)))
+
+    @staticmethod
+    def keeps(line: str, step: int) -> bool:
+        """Is this a whole line about a step that the checkpoint has?"""
+        with contextlib.suppress(json.JSONDecodeError):
+            return json.loads(line).get("step", 0) <= step
+        return False
+
+    def write(self, **values: Any) -> None:
+        with open(self.file, "a") as f:
+            f.write(json.dumps(values) + "\n")
+
+
+class Interrupt:
+    """Ctrl-C or SIGTERM: once, finish the step and save; twice, stop now."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+        print("\nfinishing the step and saving; once more stops at once", file=sys.stderr)
+        for which in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(which, signal.default_int_handler if which == signal.SIGINT else signal.SIG_DFL)
+
+
+def header(settings: Settings, device: torch.device) -> dict[str, Any]:
+    """Settings, commit, versions and hardware of this run."""
+    git = subprocess.run(["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
+    return {"settings": asdict(settings), "commit": git.stdout.strip() or None, "device": str(device),
+            "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()}, "
+            f"{torch.get_num_threads()} threads", "python": platform.python_version(),
+            "versions": {m.__name__: m.__version__ for m in (torch, numpy, tokenizers, safetensors)}}
+
+
+def open_run(settings: Settings, explicit: dict[str, Any]) -> tuple[Path, Settings]:
+    """The run folder, made if it must be, and the settings that hold: those stored, when a run is resumed. Raises ValueError."""
+    run = Path(settings.out or next(f"runs/{n}" for n in range(1, 1 << 30) if not Path(f"runs/{n}").exists()))
+    stored = run / "settings.json"
+    if settings.resume and stored.exists():
+        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in read_json(stored).items()}
+        differ = [f"{k}: this command says {v}, the run has {saved.get(k)}" for k, v in explicit.items()
+                  if k not in ("out", "resume", "overwrite") and v != saved.get(k)]
+        if differ:
+            raise ValueError(f"{run}: cannot resume with other settings:\n  " + "\n  ".join(differ))
+        return run, Settings(**saved)
+    if settings.resume:
+        print(f"{run}: nothing to resume, starting at step 0")
+    if run.exists() and any(run.iterdir()) and not settings.resume:
+        if not (settings.overwrite and stored.exists()):
+            raise ValueError(f"{run}: exists; --resume goes on with it, --overwrite deletes the run in it")
+        remove_folder(run)
+    with atomic(stored) as tmp:
+        tmp.write_text(json.dumps(asdict(settings) | {"resume": False, "overwrite": False}, indent=2) + "\n")
+    return run, settings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+def train(settings: Settings, run: Path, model: Transformer, rows: list[Row], dev: list[Row], device: torch.device) -> bool:
+    """Train from the newest checkpoint in `run` to the last step; False when interrupted. The loss of a step is
+    sum over its supervised tokens / their number, over all its micro-batches."""
+    optimizer = build_optimizer(model, settings)
+    first = load_checkpoint(run, model, optimizer)
+    metrics, interrupt = Metrics(run, first), Interrupt()
+    lengths = [len(row.ids) for row in rows]
+    steps = settings.steps or max(1, round(settings.epochs * len(plan_epoch(lengths, settings.step_tokens, 0, settings.seed, 0))))
+    forward = torch.compile(model, dynamic=True) if settings.compile else model
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if first == 0:
+        metrics.write(kind="run", step=0, **header(settings, device), steps=steps, trainable=sum(p.numel() for p in trainable))
+        metrics.write(kind="dev", step=0, loss=mean_loss(model, dev, settings.step_tokens, device))
+    plan = plan_steps(lengths, settings)
+    for _ in range(first):
+        next(plan)
+    bar = tqdm(initial=first, total=steps, desc="train", unit="step", disable=None)
+    model.train()
+    for step in range(first + 1, steps + 1):
+        started = time.perf_counter()
+        torch.manual_seed(generator(settings.seed, "dropout", step).initial_seed())  # the global stream serves dropout alone
+        batches = [make_batch([rows[n] for n in micro], device) for micro in next(plan)]
+        count = sum(len(batch.targets) for batch in batches)
+        total = torch.zeros((), device=device)
+        for batch in batches:
+            loss = loss_sum(forward, batch, model.head_weight)
+            (loss / count).backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(trainable, settings.clip or math.inf)
+        rate = learning_rate(step, steps, settings)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        tokens, seconds = sum(batch.tokens.numel() for batch in batches), time.perf_counter() - started
+        metrics.write(kind="step", step=step, loss=total.item() / count, lr=rate, grad_norm=norm.item(), tokens=tokens, supervised=count,
+                      seconds=round(seconds, 4))
+        bar.update()
+        bar.set_postfix_str(f"loss {total.item() / count:.4f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
+        last = step == steps or interrupt.asked
+        if settings.log_every and (step % settings.log_every == 0 or last):
+            tqdm.write(f"step {step}/{steps}  loss {total.item() / count:.4f}  lr {rate:.2e}  norm {norm.item():.3f}  {tokens / seconds:,.0f} tokens/s")
+        if step == steps or settings.eval_every and step % settings.eval_every == 0:
+            metrics.write(kind="dev", step=step, loss=(dev_loss := mean_loss(model, dev, settings.step_tokens, device)))
+            tqdm.write(f"step {step}/{steps}  held-out loss {dev_loss:.4f}")
+        if last or settings.save_every and step % settings.save_every == 0:
+            save_checkpoint(run, step, model, optimizer)
+        if interrupt.asked and step < steps:
+            return False
+    bar.close()
+    return True
+
+
+def checkpoint_blocks(model: Transformer) -> None:
+    """Recompute every block in backward (use_reentrant=False: the inputs of a frozen backbone need no gradient)."""
+    for block in model.model.layers:
+        inner = block.forward
+        block.forward = lambda h, ctx, inner=inner: checkpoint(inner, h, ctx, use_reentrant=False)
+
+
+def split_dev(rows: list[Row], settings: Settings) -> tuple[list[Row], list[Row]]:
+    """(training rows, --dev-rows rows held out by their own seeded draw). Raises ValueError when nothing is left."""
+    if not 0 < settings.dev_rows < len(rows):
+        raise ValueError(f"dev_rows: expected 1 to {len(rows) - 1} of the {len(rows)} usable rows, found {settings.dev_rows}")
+    held = set(torch.randperm(len(rows), generator=generator(settings.seed, "dev"))[:settings.dev_rows].tolist())
+    return [row for n, row in enumerate(rows) if n not in held], [row for n, row in enumerate(rows) if n in held]
+
+
+def show_batch(rows: Sequence[Row], tokenizer: Tokenizer) -> str:
+    """Rows decoded, each run of supervised tokens between [[ and ]]."""
+    lines = []
+    for row in rows:
+        text, start = "", 0
+        for end in range(1, len(row.ids) + 1):
+            if end == len(row.ids) or row.supervised[end] != row.supervised[start]:
+                part = tokenizer.decode(row.ids[start:end])
+                text, start = text + (f"[[{part}]]" if row.supervised[start] else part), end
+        lines.append(text)
+    return "\n---\n".join(lines)
+
+
+def dry_run(settings: Settings, model: Transformer, tokenizer: Tokenizer, rows: list[Row]) -> None:
+    """Print settings, parameters, token counts and the first step's first micro-batch with its supervised tokens marked."""
+    print(json.dumps(asdict(settings), indent=2))
+    print(report(model))
+    tokens, supervised = sum(len(row.ids) for row in rows), sum(sum(row.supervised) for row in rows)
+    epoch = plan_epoch([len(row.ids) for row in rows], settings.step_tokens, settings.micro_tokens, settings.seed, 0)
+    print(f"{len(rows):,} rows, {tokens:,} tokens, {supervised:,} supervised ({100 * supervised / tokens:.1f} %), {len(epoch):,} steps an epoch")
+    print(f"first micro-batch of {len(epoch[0])}, supervised tokens in [[ ]]:\n" + show_batch([rows[n] for n in epoch[0][0]], tokenizer))
+
+
+def score_run(settings: Settings, run: Path, device: torch.device) -> None:
+    """Score the backbone and the saved run on the tasks; print and keep the table."""
+    from eval import Settings as EvalSettings, compare_table, score
+
+    common = {"backbone": settings.backbone, "tasks": settings.tasks, "device": str(device), "dtype": settings.dtype}
+    base = score(EvalSettings(**common, out=str(run / "eval-base")))
+    full = {"backbone": str(run)} if settings.scope == "full" else {"adapter": str(run)}
+    adapted = score(EvalSettings(**(common | full), out=str(run / "eval-adapted")))
+    print(compare_table(base, adapted))
+
+
+def main(explicit: dict[str, Any]) -> None:
+    """Open the run, load, train, save, score. Raises SystemExit with one message on bad input; 130 when interrupted."""
+    settings = Settings(**explicit)
+    device = choose_device(settings.device)
+    run = None
+    if not settings.dry_run:
+        run, settings = open_run(settings, explicit)
+        print(f"run folder: {run}")
+    tokenizer = load_tokenizer(settings.backbone)
+    model = build_model(settings, device)
+    print(f"backbone {settings.backbone} on {device} in {model.head_weight.dtype}\n{report(model)}")
+    rows, counts = load_rows(settings.data, tokenizer, settings)
+    print("rows: " + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items()))
+    if settings.dev_data:
+        dev = load_rows(settings.dev_data, tokenizer, settings)[0]
+    else:
+        rows, dev = split_dev(rows, settings)
+    if run is None:
+        return dry_run(settings, model, tokenizer, rows)
+    if settings.checkpointing:
+        checkpoint_blocks(model)
+    if not train(settings, run, model, rows, dev, device):
+        raise SystemExit(130)
+    finish_run(run)
+    if settings.tasks != ("none",):
+        score_run(settings, run, device)
+    print(f"wrote {run}")
+
+
+if __name__ == "__main__":
+    try:
+        main(GIVEN)
+    except ValueError as error:
+        raise SystemExit(f"train.py: {error}") from None
