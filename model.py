@@ -17,8 +17,10 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import shutil
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Sequence
@@ -26,6 +28,8 @@ from typing import Any, Iterable, Iterator, Sequence
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
+import numpy
+import safetensors
 import tokenizers
 import torch
 import torch.nn.functional as F
@@ -407,6 +411,32 @@ def generator(*parts: Any) -> torch.Generator:
     """A CPU random generator seeded by the text of `parts`, for example (seed, parameter name): no stream is shared."""
     digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
     return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where a run takes place
+# ---------------------------------------------------------------------------------------------------------------------
+
+def choose_device(name: str) -> torch.device:
+    """auto: the GPU when there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 on a GPU, float32 on a CPU. Raises ValueError on any other name."""
+    names = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in names:
+        raise ValueError(f"dtype: expected one of {', '.join(names)}, found {name!r}")
+    return names[name]
+
+
+def header(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Settings, commit, versions and hardware of this run."""
+    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
+    return {"settings": settings, "commit": git.stdout.strip() or None, "device": str(device),
+            "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()}, "
+            f"{torch.get_num_threads()} threads", "python": platform.python_version(),
+            "versions": {m.__name__: m.__version__ for m in (torch, numpy, tokenizers, safetensors)}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

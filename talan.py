@@ -432,7 +432,7 @@ def save_adapter(model: Transformer, folder: str | Path) -> None:
     if not parts or stale:
         raise ValueError(f"{folder}: cannot save {sorted(parts) or 'a bare backbone'} here" + (f", stale files: {stale}" if stale else ""))
     folder.mkdir(parents=True, exist_ok=True)
-    meta = {"format": "pt", "backbone": getattr(model, "fingerprint", None) or ""}
+    meta = {"format": "pt", "backbone": model.fingerprint or ""}
     for part, (config, tensors) in parts.items():
         with atomic(folder / FILES[part][1]) as tmp:
             save_file({k: v.detach().float().cpu().contiguous() for k, v in tensors.items()}, tmp, metadata=meta)
@@ -445,10 +445,11 @@ def parts_of(model: Transformer) -> dict[str, tuple[dict[str, Any], dict[str, Te
     adapter, talan = getattr(model, "adapter_config", None), getattr(model, "talan_config", None)
     named, parts = dict(model.named_parameters()), {}
     if adapter and adapter.kind != "none":
-        parts["adapter"] = (peft_config(adapter, getattr(model, "source", "")),
+        parts["adapter"] = (peft_config(adapter, model.source),
                             {peft_name(k): v for k, v in named.items() if group_of(k) == "adapter"})
     if talan:
-        config = asdict(talan) | {"layers": talan.resolve(model.config.num_hidden_layers), "hidden_size": model.config.hidden_size}
+        config = asdict(talan) | {"layers": talan.resolve(model.config.num_hidden_layers), "hidden_size": model.config.hidden_size,
+                                  "base_model_name_or_path": model.source}
         parts["talan"] = (config, {k: v for k, v in named.items() if group_of(k) == "side path"})
     return parts
 
@@ -511,7 +512,7 @@ def check_backbone(model: Transformer, files: list[Path]) -> None:
     for file in files:
         with safe_open(file, framework="pt") as f:
             saved = (f.metadata() or {}).get("backbone")
-        mine = getattr(model, "fingerprint", None)
+        mine = model.fingerprint
         if saved and mine and saved != mine:
             raise ValueError(f"{file}: trained on another backbone (config and tokenizer hash {saved[:12]}, this one has {mine[:12]})")
 
@@ -537,7 +538,7 @@ def read_talan_config(file: Path, model: ModelConfig) -> TalanConfig:
     """talan_config.json -> TalanConfig. Raises ValueError on absent or unknown fields and on another hidden size."""
     raw, names = read_json(file), set(TalanConfig.__dataclass_fields__)
     problems = [f"{name}: absent" for name in sorted(names - set(raw))]
-    problems += [f"{name}: unknown field" for name in sorted(set(raw) - names - {"hidden_size"})]
+    problems += [f"{name}: unknown field" for name in sorted(set(raw) - names - {"hidden_size", "base_model_name_or_path"})]
     if raw.get("hidden_size", model.hidden_size) != model.hidden_size:
         problems.append(f"hidden_size: {raw['hidden_size']} in the file, {model.hidden_size} in this backbone")
     raise_all(str(file), problems)

@@ -73,24 +73,21 @@ import contextlib  # noqa: E402
 import gzip  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
-import platform  # noqa: E402
 import re  # noqa: E402
 import shutil  # noqa: E402
 import signal  # noqa: E402
-import subprocess  # noqa: E402
 import time  # noqa: E402
 from typing import Any, Iterator, Sequence  # noqa: E402
 
-import numpy  # noqa: E402
-import safetensors  # noqa: E402
-import tokenizers  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from model import Tokenizer, Transformer, atomic, generator, load_model, load_tokenizer, pad_rows, read_json, save_model  # noqa: E402
+from model import (  # noqa: E402
+    Tokenizer, Transformer, atomic, choose_device, choose_dtype, generator, header, load_model, load_tokenizer, pad_rows, read_json, save_model,
+)
 from talan import AdapterConfig, TalanConfig, attach, checkpoint_folder, group_of, report, save_adapter  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,19 +365,6 @@ def build_model(settings: Settings, device: torch.device) -> Transformer:
     return model
 
 
-def choose_device(name: str) -> torch.device:
-    """auto: the GPU when there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 on a GPU, float32 on a CPU. Raises ValueError on any other name."""
-    names = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
-    if name not in names:
-        raise ValueError(f"dtype: expected one of {', '.join(names)}, found {name!r}")
-    return names[name]
-
-
 def build_optimizer(model: Transformer, settings: Settings) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; the side path in a group of its own, whose rate is talan_lr_scale times the other."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -490,15 +474,6 @@ class Interrupt:
             signal.signal(which, signal.default_int_handler if which == signal.SIGINT else signal.SIG_DFL)
 
 
-def header(settings: Settings, device: torch.device) -> dict[str, Any]:
-    """Settings, commit, versions and hardware of this run."""
-    git = subprocess.run(["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
-    return {"settings": asdict(settings), "commit": git.stdout.strip() or None, "device": str(device),
-            "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()}, "
-            f"{torch.get_num_threads()} threads", "python": platform.python_version(),
-            "versions": {m.__name__: m.__version__ for m in (torch, numpy, tokenizers, safetensors)}}
-
-
 def open_run(settings: Settings, explicit: dict[str, Any]) -> tuple[Path, Settings]:
     """The run folder, made if it must be, and the settings that hold: those stored, when a run is resumed. Raises ValueError."""
     run = Path(settings.out or next(f"runs/{n}" for n in range(1, 1 << 30) if not Path(f"runs/{n}").exists()))
@@ -536,7 +511,7 @@ def train(settings: Settings, run: Path, model: Transformer, rows: list[Row], de
     forward = torch.compile(model, dynamic=True) if settings.compile else model
     trainable = [p for p in model.parameters() if p.requires_grad]
     if first == 0:
-        metrics.write(kind="run", step=0, **header(settings, device), steps=steps, trainable=sum(p.numel() for p in trainable))
+        metrics.write(kind="run", step=0, **header(asdict(settings), device), steps=steps, trainable=sum(p.numel() for p in trainable))
         metrics.write(kind="dev", step=0, loss=mean_loss(model, dev, settings.step_tokens, device))
     plan = plan_steps(lengths, settings)
     for _ in range(first):

@@ -1,17 +1,16 @@
 """Regenerate the tiny model and its data from seeds: rows, tokenizer, pretraining.
 
     python data/tiny/prepare.py                 everything (pretraining takes most of an hour on two cores)
-    python data/tiny/prepare.py --stage data    the post-training rows only
+    python data/tiny/prepare.py --stage data    the rows only
 """
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -19,9 +18,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
+from data.settings import parse, setting  # noqa: E402
 from data.tiny import tasks  # noqa: E402
 
-STAGES = ("data", "tokenizer", "pretrain", "all")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 WORDS = r"\p{N}| ?[^\s\p{L}\p{N}]+ (?=\p{N})| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 CHAT_TEMPLATE = (
@@ -34,12 +33,12 @@ MODEL_CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
     "vocab_size": 640,
-    "hidden_size": 192,
-    "intermediate_size": 448,
+    "hidden_size": 160,
+    "intermediate_size": 384,
     "num_hidden_layers": 6,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 64,
+    "head_dim": 48,
     "hidden_act": "silu",
     "max_position_embeddings": 1024,
     "rms_norm_eps": 1e-6,
@@ -59,28 +58,20 @@ MODEL_CONFIG = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What is made, from which seed, and with how much pretraining."""
+    """Regenerate the tiny model and its data from seeds. Without flags: everything, pretraining included."""
 
-    stage: str = "all"
-    seed: int = 0
-    out: str = str(HERE)
-    work: str = str(ROOT / "runs" / "tiny-pretrain")
-    conversations: int = 80_000
-    tokenizer_rows: int = 6_000
-    steps: int = 2_400
-    step_tokens: int = 8_192
-    lr: float = 2e-3
-    warmup: int = 100
-
-
-def parse_settings(arguments: list[str] | None = None) -> Settings:
-    """Read the settings from the command line: field a_b is flag --a-b."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for field in fields(Settings):
-        choices = STAGES if field.name == "stage" else None
-        flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, type=field.type, default=field.default, choices=choices, help=f"default: {field.default}")
-    return Settings(**vars(parser.parse_args(arguments)))
+    stage: str = setting("all", "data, tokenizer, pretrain or all")
+    seed: int = setting(0, "seeds the rows, the random weights and the order of pretraining")
+    out: str = setting(str(HERE), "folder of the rows and of model/")
+    work: str = setting(str(ROOT / "runs" / "tiny-pretrain"), "scratch folder: pretraining rows, start and run")
+    conversations: int = setting(200_000, "pretraining conversations")
+    tokenizer_rows: int = setting(20_000, "conversations the tokenizer is trained on")
+    steps: int = setting(12_500, "pretraining steps")
+    step_tokens: int = setting(2_048, "tokens of one pretraining step, padding included")
+    lr: float = setting(2e-3, "peak learning rate of pretraining")
+    warmup: float = setting(0.02, "share of the steps with a linearly rising rate")
+    weight_decay: float = setting(0.1, "AdamW's decoupled weight decay")
+    clip: float = setting(1.0, "largest global gradient norm")
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -215,11 +206,12 @@ def train_command(settings: Settings, start: Path, run: Path) -> list[str]:
     """Return the call of the repository's own training loop, every weight trained."""
     flags = {
         "--scope": "full", "--adapter": "none", "--backbone": start, "--data": pretrain_file(settings), "--out": run,
-        "--dtype": "float32", "--steps": settings.steps, "--step-tokens": settings.step_tokens, "--lr": settings.lr,
-        "--warmup": settings.warmup, "--seed": settings.seed, "--tasks": "none",
+        "--dtype": "float32", "--device": "cpu", "--tasks": "none", "--eval-every": 500, "--save-every": 500,
     }  # fmt: skip
+    for name in ("steps", "step_tokens", "lr", "warmup", "weight_decay", "clip", "seed"):
+        flags["--" + name.replace("_", "-")] = getattr(settings, name)
     resume = ["--resume"] if run.exists() else []
-    return [sys.executable, "train.py", "--no-talan", *[str(x) for pair in flags.items() for x in pair], *resume]
+    return [sys.executable, "train.py", "--no-talan", *(str(x) for pair in flags.items() for x in pair), *resume]
 
 
 def pretrain(settings: Settings) -> None:
@@ -238,11 +230,12 @@ def pretrain(settings: Settings) -> None:
     write_atomic(target, lambda path: save_file(weights, path, metadata={"format": "pt"}))
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the chosen stages and print how long each took."""
-    settings = parse_settings(arguments)
-    work = {"data": make_data, "tokenizer": make_tokenizer, "pretrain": pretrain}
-    for name, stage in work.items():
+def main(settings: Settings) -> None:
+    """Run the chosen stages and print how long each took. Raises ValueError on an unknown stage."""
+    stages = {"data": make_data, "tokenizer": make_tokenizer, "pretrain": pretrain}
+    if settings.stage not in (*stages, "all"):
+        raise ValueError(f"stage: expected one of {', '.join((*stages, 'all'))}, found {settings.stage!r}")
+    for name, stage in stages.items():
         if settings.stage in (name, "all"):
             began = time.perf_counter()
             stage(settings)
@@ -250,4 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main(parse(Settings))
+    except ValueError as error:
+        raise SystemExit(f"prepare.py: {error}") from None

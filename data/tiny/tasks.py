@@ -461,9 +461,10 @@ def fact(rng: random.Random) -> tuple[int, str, int]:
 
 def drill(rng: random.Random) -> Row:
     """A batch of bare facts, either listed in the prompt or left to the answer to choose."""
-    listed = rng.random() < 0.5
-    facts = [fact(rng) for _ in range(rng.randint(4, 8) if listed else rng.randint(6, 12))]
-    asked = "Solve " + ", ".join(f"{a} {op} {b}" for a, op, b in facts) if listed else f"Write {len(facts)} facts"
+    listed = rng.random() < 0.7
+    count = rng.choices(range(1, 7), (25, 20, 15, 15, 15, 10))[0] if listed else rng.randint(4, 8)
+    facts = [fact(rng) for _ in range(count)]
+    asked = "Solve " + ", ".join(f"{a} {op} {b}" for a, op, b in facts) if listed else f"Write {count} facts"
     completion = "\n".join(equation(*each) for each in facts)
     return {"id": "drill", "task": "drill", "prompt": f"{asked}.", "completion": completion, "answer": str(apply(*facts[-1]))}
 
@@ -496,18 +497,18 @@ def held_out_prompts(seed: int) -> set[str]:
 def pretrain_turn(rng: random.Random, held_out: set[str]) -> Row:
     """Draw one pretraining question: a drill, or an easy row, seldom with its steps."""
     while True:
-        if rng.random() < 0.4:
+        if rng.random() < 0.5:
             return drill(rng)
-        row = generate(rng.choice(TASKS), rng, "easy", worked=rng.random() < 0.15)
+        row = generate(rng.choice(TASKS), rng, "easy", worked=rng.random() < 0.3)
         if row["prompt"] not in held_out:
             return row
 
 
 def pretrain_rows(seed: int, count: int) -> Iterator[dict[str, list[dict[str, str]]]]:
-    """Yield `count` conversations of 3 to 6 independent questions, none of them held out."""
+    """Yield `count` conversations of one to three independent questions, none of them held out."""
     rng, held_out = random.Random(f"pretrain-{seed}"), held_out_prompts(seed)
     for _ in range(count):
-        turns = [pretrain_turn(rng, held_out) for _ in range(rng.randint(3, 6))]
+        turns = [pretrain_turn(rng, held_out) for _ in range(rng.choices((1, 2, 3), (60, 25, 15))[0])]
         roles = (("user", "prompt"), ("assistant", "completion"))
         yield {"messages": [{"role": role, "content": row[key]} for row in turns for role, key in roles]}
 
