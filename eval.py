@@ -36,12 +36,13 @@ class Settings:
 
 GIVEN = given(Settings, [a for a in sys.argv[1:] if a != "score"]) if __name__ == "__main__" else {}  # --help needs no torch
 
-import json  # noqa: E402
-import math  # noqa: E402
-import time  # noqa: E402
-from typing import Any, Callable, Iterable, Iterator, Sequence  # noqa: E402
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
-from data.tiny.tasks import TASKS, extract, grade  # noqa: E402
+from data.tiny.tasks import TASKS, extract, grade
 
 Record = dict[str, Any]
 

@@ -69,26 +69,38 @@ class Settings:
 
 GIVEN = given(Settings, sys.argv[1:]) if __name__ == "__main__" else {}  # before torch loads: --help answers at once
 
-import contextlib  # noqa: E402
-import gzip  # noqa: E402
-import json  # noqa: E402
-import math  # noqa: E402
-import re  # noqa: E402
-import shutil  # noqa: E402
-import signal  # noqa: E402
-import time  # noqa: E402
-from typing import Any, Iterator, Sequence  # noqa: E402
+import contextlib
+import gzip
+import json
+import math
+import re
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
-from model import (  # noqa: E402
-    Tokenizer, Transformer, atomic, choose_device, choose_dtype, generator, header, load_model, load_tokenizer, pad_rows, read_json, save_model,
+from model import (
+    Tokenizer,
+    Transformer,
+    atomic,
+    choose_device,
+    choose_dtype,
+    generator,
+    header,
+    load_model,
+    load_tokenizer,
+    pad_rows,
+    read_json,
+    save_model,
 )
-from talan import AdapterConfig, TalanConfig, attach, checkpoint_folder, group_of, report, save_adapter  # noqa: E402
+from talan import AdapterConfig, TalanConfig, attach, checkpoint_folder, group_of, report, save_adapter
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows -> token ids and labels
@@ -541,7 +553,7 @@ def train(settings: Settings, run: Path, model: Transformer, rows: list[Row], de
         bar.set_postfix_str(f"loss {total.item() / count:.4f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
         last = step == steps or interrupt.asked
         if settings.log_every and (step % settings.log_every == 0 or last):
-            tqdm.write(f"step {step}/{steps}  loss {total.item() / count:.4f}  lr {rate:.2e}  norm {norm.item():.3f}  {tokens / seconds:,.0f} tokens/s")
+            tqdm.write(f"step {step}/{steps}  loss {total.item() / count:.4f}  lr {rate:.2e}  norm {norm:.3f}  {tokens / seconds:,.0f} tokens/s")
         if step == steps or settings.eval_every and step % settings.eval_every == 0:
             metrics.write(kind="dev", step=step, loss=(dev_loss := mean_loss(model, dev, settings.step_tokens, device)))
             tqdm.write(f"step {step}/{steps}  held-out loss {dev_loss:.4f}")

@@ -6,7 +6,8 @@ import argparse
 import dataclasses
 import difflib
 import sys
-from typing import Any, NoReturn, Sequence, TypeVar
+from collections.abc import Sequence
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 

@@ -18,8 +18,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data.settings import parse, setting  # noqa: E402
-from data.tiny import tasks  # noqa: E402
+from data.settings import parse, setting
+from data.tiny import tasks
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 WORDS = r"\p{N}| ?[^\s\p{L}\p{N}]+ (?=\p{N})| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
