@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,6 +350,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False  # recompute each block in backward
         self.source, self.folder, self.fingerprint = "", None, None  # where load_model found it, and which backbone it is
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -375,7 +377,8 @@ class Transformer(nn.Module):
         ctx = self.context(tokens, cache, lengths)
         h = self.model.embed_tokens(tokens)  # (B,T,D)
         for block in self.model.layers:
-            h = block(h, ctx)
+            recompute = self.checkpointing and torch.is_grad_enabled()  # use_reentrant=False: h needs no gradient of its own
+            h = checkpoint(block, h, ctx, use_reentrant=False) if recompute else block(h, ctx)
         if cache is not None:
             cache.advance(tokens.shape[1], lengths)
         return self.model.norm(h)

@@ -73,6 +73,7 @@ import contextlib
 import gzip
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -83,23 +84,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from model import (
-    Tokenizer,
-    Transformer,
-    atomic,
-    choose_device,
-    choose_dtype,
-    generator,
-    header,
-    load_model,
-    load_tokenizer,
-    pad_rows,
-    read_json,
-    save_model,
-)
+from model import Tokenizer, Transformer, atomic, choose_device, choose_dtype, generator, header
+from model import load_model, load_tokenizer, pad_rows, read_json, save_model
 from talan import AdapterConfig, TalanConfig, attach, checkpoint_folder, group_of, report, save_adapter
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,7 +325,7 @@ class CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if d is None else d * grad.to(d.dtype) for d in ctx.saved_tensors), None, None
+        return *(None if d is None else d * grad for d in ctx.saved_tensors), None, None
 
 
 def loss_sum(model: nn.Module, batch: Batch, weight: Tensor) -> Tensor:
@@ -414,7 +402,7 @@ def save_checkpoint(run: Path, step: int, model: Transformer, optimizer: torch.o
 
 def remove_folder(folder: Path) -> None:
     """Delete a folder so that it is never seen half deleted."""
-    hidden = folder.with_name(f".{folder.name}.old")
+    hidden = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     folder.rename(hidden)
     shutil.rmtree(hidden)
 
@@ -496,6 +484,8 @@ def open_run(settings: Settings, explicit: dict[str, Any]) -> tuple[Path, Settin
                   if k not in ("out", "resume", "overwrite") and v != saved.get(k)]
         if differ:
             raise ValueError(f"{run}: cannot resume with other settings:\n  " + "\n  ".join(differ))
+        for leftover in [*run.glob(".*.tmp"), *run.glob(".*.old")]:  # of a run that was killed while it wrote
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         return run, Settings(**saved)
     if settings.resume:
         print(f"{run}: nothing to resume, starting at step 0")
@@ -517,7 +507,7 @@ def train(settings: Settings, run: Path, model: Transformer, rows: list[Row], de
     sum over its supervised tokens / their number, over all its micro-batches."""
     optimizer = build_optimizer(model, settings)
     first = load_checkpoint(run, model, optimizer)
-    metrics, interrupt = Metrics(run, first), Interrupt()
+    metrics, interrupt = Metrics(run, first or -1), Interrupt()
     lengths = [len(row.ids) for row in rows]
     steps = settings.steps or max(1, round(settings.epochs * len(plan_epoch(lengths, settings.step_tokens, 0, settings.seed, 0))))
     forward = torch.compile(model, dynamic=True) if settings.compile else model
@@ -551,7 +541,8 @@ def train(settings: Settings, run: Path, model: Transformer, rows: list[Row], de
                       seconds=round(seconds, 4))
         bar.update()
         bar.set_postfix_str(f"loss {total.item() / count:.4f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
-        last = step == steps or interrupt.asked
+        stop = interrupt.asked
+        last = step == steps or stop
         if settings.log_every and (step % settings.log_every == 0 or last):
             tqdm.write(f"step {step}/{steps}  loss {total.item() / count:.4f}  lr {rate:.2e}  norm {norm:.3f}  {tokens / seconds:,.0f} tokens/s")
         if step == steps or settings.eval_every and step % settings.eval_every == 0:
@@ -559,17 +550,10 @@ def train(settings: Settings, run: Path, model: Transformer, rows: list[Row], de
             tqdm.write(f"step {step}/{steps}  held-out loss {dev_loss:.4f}")
         if last or settings.save_every and step % settings.save_every == 0:
             save_checkpoint(run, step, model, optimizer)
-        if interrupt.asked and step < steps:
+        if stop and step < steps:
             return False
     bar.close()
     return True
-
-
-def checkpoint_blocks(model: Transformer) -> None:
-    """Recompute every block in backward (use_reentrant=False: the inputs of a frozen backbone need no gradient)."""
-    for block in model.model.layers:
-        inner = block.forward
-        block.forward = lambda h, ctx, inner=inner: checkpoint(inner, h, ctx, use_reentrant=False)
 
 
 def split_dev(rows: list[Row], settings: Settings) -> tuple[list[Row], list[Row]]:
@@ -633,8 +617,7 @@ def main(explicit: dict[str, Any]) -> None:
         rows, dev = split_dev(rows, settings)
     if run is None:
         return dry_run(settings, model, tokenizer, rows)
-    if settings.checkpointing:
-        checkpoint_blocks(model)
+    model.checkpointing = settings.checkpointing
     if not train(settings, run, model, rows, dev, device):
         raise SystemExit(130)
     finish_run(run)
