@@ -422,8 +422,14 @@ def generator(*parts: Any) -> torch.Generator:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def choose_device(name: str) -> torch.device:
-    """auto: the GPU when there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    """auto: the GPU when there is one. Raises ValueError on a name that torch does not know or a GPU that is not there."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}: {error}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: {name!r} asked for, {torch.cuda.device_count()} GPUs found")
+    return device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -66,6 +66,16 @@ class Settings:
     resume: bool = setting(False, "go on with the run in --out, by its own settings")
     overwrite: bool = setting(False, "delete the run in --out first")
 
+    def __post_init__(self) -> None:
+        """Raise ValueError that lists every number out of range."""
+        above = [n for n in ("epochs", "step_tokens", "max_tokens", "lr") if not getattr(self, n) > 0]
+        least = [n for n in ("steps", "dev_rows", "micro_tokens", "min_lr", "warmup", "weight_decay", "clip", "talan_lr_scale",
+                             "log_every", "eval_every", "save_every") if not getattr(self, n) >= 0]
+        wrong = [f"--{n.replace('_', '-')}: expected a number {'above' if n in above else 'of at least'} 0, found {getattr(self, n)}"
+                 for n in above + least]
+        if wrong:
+            raise ValueError("settings:\n  " + "\n  ".join(wrong))
+
 
 GIVEN = given(Settings, sys.argv[1:]) if __name__ == "__main__" else {}  # before torch loads: --help answers at once
 
@@ -86,6 +96,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from eval import Settings as EvalSettings, compare_table, find_tasks, load_items, score
 from model import Tokenizer, Transformer, atomic, choose_device, choose_dtype, generator, header
 from model import load_model, load_tokenizer, pad_rows, read_json, save_model
 from talan import AdapterConfig, TalanConfig, attach, checkpoint_folder, group_of, report, save_adapter
@@ -357,12 +368,19 @@ def build_model(settings: Settings, device: torch.device) -> Transformer:
     if settings.scope == "full" and dtype != torch.float32:
         raise ValueError(f"scope full trains the backbone, whose weights must then be float32, found {dtype}: use --dtype float32")
     adapter = AdapterConfig(settings.adapter, settings.rank, settings.alpha, settings.dropout, settings.targets)
-    layers = tuple(float(x) if "." in x else int(x) for x in settings.layers) if settings.talan else ()
-    talan = TalanConfig(layers, settings.site, settings.slots, settings.width, settings.mixer, settings.writeback, settings.bound,
+    talan = TalanConfig(parse_layers(settings.layers), settings.site, settings.slots, settings.width, settings.mixer, settings.writeback, settings.bound,
                         settings.grad_scale, settings.trunk_grad_scale) if settings.talan else None
     model = load_model(settings.backbone, device, dtype)
     attach(model, adapter, talan, settings.scope, settings.seed)
     return model
+
+
+def parse_layers(words: Sequence[str]) -> tuple[int | float, ...]:
+    """"7" is an index, "0.5" a share of the depth. Raises ValueError that lists every word which is neither."""
+    wrong = [word for word in words if not re.fullmatch(r"\d+|0?\.\d+", word)]
+    if wrong:
+        raise ValueError(f"layers: expected indices from 0 or fractions such as 0.5, found {', '.join(wrong)}")
+    return tuple(float(word) if "." in word else int(word) for word in words)
 
 
 def build_optimizer(model: Transformer, settings: Settings) -> torch.optim.AdamW:
@@ -474,28 +492,36 @@ class Interrupt:
             signal.signal(which, signal.default_int_handler if which == signal.SIGINT else signal.SIG_DFL)
 
 
-def open_run(settings: Settings, explicit: dict[str, Any]) -> tuple[Path, Settings]:
-    """The run folder, made if it must be, and the settings that hold: those stored, when a run is resumed. Raises ValueError."""
+def choose_run(settings: Settings, explicit: dict[str, Any]) -> tuple[Path, Settings]:
+    """The run folder and the settings that hold: those stored, when a run is resumed. Writes nothing. Raises ValueError."""
     run = Path(settings.out or next(f"runs/{n}" for n in range(1, 1 << 30) if not Path(f"runs/{n}").exists()))
     stored = run / "settings.json"
-    if settings.resume and stored.exists():
-        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in read_json(stored).items()}
-        differ = [f"{k}: this command says {v}, the run has {saved.get(k)}" for k, v in explicit.items()
-                  if k not in ("out", "resume", "overwrite") and v != saved.get(k)]
-        if differ:
-            raise ValueError(f"{run}: cannot resume with other settings:\n  " + "\n  ".join(differ))
-        for leftover in [*run.glob(".*.tmp"), *run.glob(".*.old")]:  # of a run that was killed while it wrote
+    if not settings.resume or not stored.exists():
+        taken = run.exists() and (not run.is_dir() or any(run.iterdir()))
+        if taken and not settings.dry_run and not (settings.overwrite and stored.exists()):
+            raise ValueError(f"{run}: exists; " + ("--resume goes on with it, --overwrite deletes the run in it" if stored.exists() else
+                                                   "it holds no run, so it is neither resumed nor overwritten"))
+        return run, settings
+    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in read_json(stored).items()}
+    differ = [f"{k}: this command says {v}, the run has {saved.get(k)}" for k, v in explicit.items()
+              if k not in ("out", "resume", "overwrite") and v != saved.get(k)]
+    if differ:
+        raise ValueError(f"{run}: cannot resume with other settings:\n  " + "\n  ".join(differ))
+    return run, Settings(**saved | {"resume": True})
+
+
+def make_run(run: Path, settings: Settings) -> None:
+    """Make the run folder, or clear what a killed run left half written in it."""
+    if settings.resume and (run / "settings.json").exists():
+        for leftover in [*run.glob(".*.tmp"), *run.glob(".*.old")]:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        return run, Settings(**saved)
+        return
     if settings.resume:
         print(f"{run}: nothing to resume, starting at step 0")
-    if run.exists() and any(run.iterdir()) and not settings.resume:
-        if not (settings.overwrite and stored.exists()):
-            raise ValueError(f"{run}: exists; --resume goes on with it, --overwrite deletes the run in it")
+    if settings.overwrite and run.exists():
         remove_folder(run)
-    with atomic(stored) as tmp:
+    with atomic(run / "settings.json") as tmp:
         tmp.write_text(json.dumps(asdict(settings) | {"resume": False, "overwrite": False}, indent=2) + "\n")
-    return run, settings
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -589,8 +615,6 @@ def dry_run(settings: Settings, model: Transformer, tokenizer: Tokenizer, rows: 
 
 def score_run(settings: Settings, run: Path, device: torch.device) -> None:
     """Score the backbone and the saved run on the tasks; print and keep the table."""
-    from eval import Settings as EvalSettings, compare_table, score
-
     common = {"backbone": settings.backbone, "tasks": settings.tasks, "device": str(device), "dtype": settings.dtype}
     base = score(EvalSettings(**common, out=str(run / "eval-base")))
     full = {"backbone": str(run)} if settings.scope == "full" else {"adapter": str(run)}
@@ -601,11 +625,11 @@ def score_run(settings: Settings, run: Path, device: torch.device) -> None:
 def main(explicit: dict[str, Any]) -> None:
     """Open the run, load, train, save, score. Raises SystemExit with one message on bad input; 130 when interrupted."""
     settings = Settings(**explicit)
+    run, settings = choose_run(settings, explicit)
     device = choose_device(settings.device)
-    run = None
-    if not settings.dry_run:
-        run, settings = open_run(settings, explicit)
-        print(f"run folder: {run}")
+    if settings.tasks != ("none",):
+        for task in find_tasks(settings.tasks):
+            load_items(task)  # a bad task file must not be found out after hours of training
     tokenizer = load_tokenizer(settings.backbone)
     model = build_model(settings, device)
     print(f"backbone {settings.backbone} on {device} in {model.head_weight.dtype}\n{report(model)}")
@@ -615,8 +639,10 @@ def main(explicit: dict[str, Any]) -> None:
         dev = load_rows(settings.dev_data, tokenizer, settings)[0]
     else:
         rows, dev = split_dev(rows, settings)
-    if run is None:
+    if settings.dry_run:
         return dry_run(settings, model, tokenizer, rows)
+    make_run(run, settings)
+    print(f"run folder: {run}")
     model.checkpointing = settings.checkpointing
     if not train(settings, run, model, rows, dev, device):
         raise SystemExit(130)

@@ -228,6 +228,15 @@ def test_trap_5_the_tokenizer_file_by_itself_would_add_a_second_bos(tokenizer_of
     assert tokenizer.encode(text).count(bos) == encode_row(tokenizer, chat("u:hi|a:yo")).ids.count(bos) == 1
 
 
+def test_a_normalizer_that_joins_characters_moves_no_label(tmp_path):
+    """Qwen's tokenizers compose characters (NFC): e + accent, two characters of the text, become the two bytes of one."""
+    tokenizer = build(tmp_path, ("<|im_start|>", "<|im_end|>"), CHATML, eos_token="<|im_end|>")
+    tokenizer.core.normalizer = tokenizers.normalizers.NFC()
+    row = encode_row(tokenizer, chat("u:e\u0301|a:e\u0301yo"))
+    assert mark(tokenizer, row).replace("<|", "").replace("|>", "") == (
+        "im_start user ⏎ Ã © im_end ⏎ im_start assistant ⏎ [Ã] [©] [yo] [im_end] ⏎")
+
+
 def test_labels_of_random_chats_equal_those_counted_in_bytes(tokenizer_of):
     """Another way to the same labels: each token's bytes, laid end to end, against the bytes of the turns as ChatML is defined."""
     tokenizer, rng = tokenizer_of("chatml"), random.Random(0)
