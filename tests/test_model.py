@@ -5,7 +5,6 @@ Every model here starts from perturbed weights (norm weights, adapters and side 
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -19,8 +18,8 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import (Cache, ModelConfig, Transformer, choose, generate, inverse_frequencies, load_model, load_tokenizer, pad_rows,
-                   resolve_folder, save_model)
+from model import (Cache, ModelConfig, Transformer, choose, choose_device, choose_dtype, generate, inverse_frequencies, load_model,
+                   load_tokenizer, pad_rows, resolve_folder, save_model)
 from talan import AdapterConfig, TalanConfig, attach
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -178,6 +177,20 @@ def test_each_row_equals_itself_alone(greedy):
     assert together == [generate(model, [p], STEPS, eos_ids=eos)[0] for p in prompts]
 
 
+def test_a_late_refill_outlives_the_longest_row(greedy):
+    """The longest prompt ends while two late rows still run: an idle row that advanced would run out of the cache."""
+    model, pool = greedy[0], ragged(150, 1, 12, seed=3)
+    free = generate(model, pool, STEPS)
+    eos = max(range(97), key=lambda token: sum(token in row[4:11] and token not in row[:4] for row in free))
+    stopping = [p for p, row in zip(pool, free) if eos in row[4:11] and eos not in row[:4] and 5 <= len(p) < 12][:2]
+    running = [p for p, row in zip(pool, free) if eos not in row]
+    prompts = [next(p for p in running if len(p) == 12), *stopping, *[p for p in running if len(p) < 5][:2]]
+    assert len(prompts) == 5
+    expected = [generate(model, [p], STEPS, eos_ids=[eos])[0] for p in prompts]
+    assert [len(row) == STEPS for row in expected] == [True, False, False, True, True]
+    assert generate(model, prompts, STEPS, eos_ids=[eos], batch_rows=3) == expected
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Cache
 # ---------------------------------------------------------------------------------------------------------------------
@@ -311,6 +324,30 @@ def test_wrong_shapes_raise(cached):
             cached(tokens, Cache(cached.config, 2, 9), lengths)
 
 
+class Shift(torch.nn.Module):
+    """A stand-in for the side path: h + 1 at every token; its state counts the real ones."""
+
+    def forward(self, h, state, lengths):
+        new = torch.full((len(h),), h.shape[1]) if lengths is None else lengths
+        return h + 1, (state[0] + new if state else new, h[:, :1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("site", ["block", "attention"])
+def test_the_side_path_sits_at_its_site_and_keeps_its_state(site, tiny_checkpoint):
+    model = load_model(tiny_checkpoint())
+    block, seen = model.model.layers[1], {}
+    block.side_path, block.side_site = Shift(), site
+    block.self_attn.register_forward_hook(lambda _, __, out: seen.update(attention=out))
+    block.register_forward_hook(lambda _, args, out: seen.update(start=args[0], end=out))
+    cache, (tokens, lengths) = Cache(model.config, 3, 20), pad_rows(ragged(3))
+    model(tokens, cache, lengths)
+    h = seen["start"] + seen["attention"] + (site == "attention")
+    assert torch.allclose(seen["end"], h + block.mlp(block.post_attention_layernorm(h)) + (site == "block"), atol=1e-6)
+    model(tokens[:, :1], cache)
+    assert list(cache.side) == [1] and torch.equal(cache.side[1][0], lengths + 1)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 16])
 def test_generation_with_a_side_path_equals_the_uncached_loop(cached, rows):
     """Rows that idle, are refilled or dropped: each answer is the arg max of full passes over that row alone."""
@@ -326,11 +363,24 @@ def test_generation_with_a_side_path_equals_the_uncached_loop(cached, rows):
     assert generate(cached, prompts, 7, eos_ids=eos, batch_rows=rows) == stopped
 
 
+@pytest.mark.parametrize("side", SIDES)
+def test_checkpointing_changes_no_gradient(side, tiny_checkpoint):
+    """Recomputing over a frozen backbone needs use_reentrant=False: else no gradient arrives at all."""
+    model, tokens = perturbed(tiny_checkpoint(), **SIDES[side]), torch.tensor(ragged(2, 9, 9))
+    grads = []
+    for model.checkpointing in (False, True):
+        model.zero_grad()
+        model.logits(model(tokens)).logsumexp(-1).sum().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert all(plain is not None and plain.abs().max() > 0 and torch.allclose(plain, grads[1][name], rtol=1e-5, atol=1e-6)
+               for name, plain in grads[0].items())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Loader
 # ---------------------------------------------------------------------------------------------------------------------
 
-def with_tensors(folder, tmp_path, edit, single=True):
+def with_tensors(folder, tmp_path, edit):
     """A copy of a one-file checkpoint whose tensors went through edit(dict)."""
     new = shutil.copytree(folder, tmp_path / "tensors")
     tensors = load_file(new / "model.safetensors")
@@ -395,7 +445,8 @@ def test_unreadable_index(text, tiny_checkpoint, tmp_path):
         load_model(folder)
 
 
-@pytest.mark.parametrize("spoil", [lambda f: f.unlink(), lambda f: os.truncate(f, 9000), lambda f: f.write_bytes(b""), lambda f: f.write_bytes(b"x" * 99)])
+@pytest.mark.parametrize("spoil", [lambda f: f.unlink(), lambda f: os.truncate(f, 9000), lambda f: f.write_bytes(b""),
+                                   lambda f: f.write_bytes(b"x" * 99)], ids=["absent", "cut", "empty", "noise"])
 def test_unreadable_weights(spoil, tiny_checkpoint, tmp_path):
     folder = shutil.copytree(tiny_checkpoint(), tmp_path / "broken")
     spoil(folder / "model.safetensors")
@@ -420,7 +471,8 @@ def test_tied_lm_head_that_equals_the_embedding_is_accepted(tiny_checkpoint, tmp
     assert torch.equal(model.head_weight, load_model(folder).model.embed_tokens.weight)
 
 
-@pytest.mark.parametrize("edit", [lambda w: w + 1e-3, lambda w: w[:96], lambda w: w.T.contiguous(), lambda w: w.bfloat16(), lambda w: w.to(torch.int8)])
+@pytest.mark.parametrize("edit", [lambda w: w + 1e-3, lambda w: w[:96], lambda w: w.T.contiguous(), lambda w: w.bfloat16(),
+                                  lambda w: w.to(torch.int8)], ids=["value", "rows", "transposed", "bfloat16", "int8"])
 def test_tied_lm_head_that_differs_is_refused(edit, tiny_checkpoint, tmp_path):
     folder = with_tensors(tiny_checkpoint("qwen3", tie_word_embeddings=True), tmp_path, tied_head(edit))
     with pytest.raises(ValueError, match="unexpected: lm_head.weight"):
@@ -471,10 +523,11 @@ def status(key):
         return next(int(line.split()[1]) << 10 for line in f if line.startswith(key + ":"))
 
 torch.ones(8).bfloat16().sum().item()
-baseline = status("VmRSS")
+baseline, anonymous = status("VmRSS"), status("RssAnon")
 model = load_model(sys.argv[2], dtype=getattr(torch, sys.argv[3]))
 total = sum(p.sum().item() for p in model.parameters())
-print(status("VmHWM") - baseline, status("RssAnon") + status("RssFile") - baseline, sum(p.nbytes for p in model.parameters()))
+anonymous = status("RssAnon") - anonymous
+print(status("VmHWM") - baseline, status("VmRSS") - baseline, anonymous, sum(p.nbytes for p in model.parameters()))
 """
 
 
@@ -498,8 +551,9 @@ def big_checkpoint(tmp_path_factory):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_peak_memory_of_loading_is_the_size_of_the_weights(dtype, big_checkpoint):
     run = subprocess.run([sys.executable, "-c", MEASURE, ROOT, big_checkpoint, dtype], capture_output=True, text=True, check=True)
-    peak, resident, size = map(int, run.stdout.split())
+    peak, resident, anonymous, size = map(int, run.stdout.split())
     assert resident > 0.95 * size  # all pages were touched
+    assert dtype == "float32" or anonymous < 0.4 * size  # no change of dtype: the mapped file itself
     assert peak <= 1.15 * size, f"peak {peak / 1e6:.0f} MB for {size / 1e6:.0f} MB of weights"
 
 
@@ -672,6 +726,21 @@ def test_llama_3_2_frequencies_equal_transformers():
     assert torch.allclose(inverse_frequencies(ModelConfig.from_dict(raw)), theirs, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("name", ["nonsense", "cuda:99", "", "mps:x"])
+def test_device_that_is_not_there(name):
+    with pytest.raises(ValueError, match="device"):
+        choose_device(name)
+
+
+def test_device_and_dtype():
+    assert choose_device("cpu").type == "cpu" and choose_device("auto").type in ("cpu", "cuda")
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [choose_dtype("auto", d) for d in (cpu, gpu)] == [torch.float32, torch.bfloat16]
+    assert choose_dtype("bfloat16", cpu) == torch.bfloat16 and choose_dtype("float32", gpu) == torch.float32
+    with pytest.raises(ValueError, match="float16"):
+        choose_dtype("float16", gpu)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Tokenizer
 # ---------------------------------------------------------------------------------------------------------------------
@@ -703,7 +772,8 @@ def tokenizer_folder(folder, core=None, template_file=None, generation=None, con
 
 STOPS = {
     "int, string, int": (dict(eos_token_id=2), dict(eos_token="<im_end>"), dict(eos_token_id=2), (2, 3)),
-    "list, dict token, list": (dict(eos_token_id=[2, 9]), dict(eos_token={"content": "<im_end>", "special": True}), dict(eos_token_id=[9, 11]), (2, 3, 9, 11)),
+    "list, dict token, list": (dict(eos_token_id=[2, 9]), dict(eos_token={"content": "<im_end>", "special": True}), dict(eos_token_id=[9, 11]),
+                               (2, 3, 9, 11)),
     "nulls": (dict(eos_token_id=None), dict(eos_token=None), dict(eos_token_id=None), ()),
     "generation config alone": (dict(eos_token_id=[2, 3]), {}, {}, (2, 3)),
     "tokenizer config alone": (None, dict(eos_token="<eot>"), {}, (2,)),
@@ -718,6 +788,19 @@ def test_stop_ids_are_the_union_of_three_files(name, tmp_path):
     assert tuple(tokenizer.eos_ids) == expected
 
 
+@pytest.mark.parametrize("bad", ["2", ["<eot>"], [[2]], 2.5, True, -1], ids=str)
+@pytest.mark.parametrize("where", ["generation", "config"])
+def test_stop_ids_of_another_kind_are_refused(bad, where, tmp_path):
+    with pytest.raises(ValueError, match="eos_token_id"):
+        load_tokenizer(tokenizer_folder(tmp_path, **{where: dict(eos_token_id=bad)}))
+
+
+def test_stop_token_that_the_vocabulary_lacks_is_refused(tmp_path):
+    """Dropped in silence, it would leave a model that never stops."""
+    with pytest.raises(ValueError, match="<end>"):
+        load_tokenizer(tokenizer_folder(tmp_path, eos_token="<end>"))
+
+
 FIRST, SECOND = "{{ 'first' }}", "{{ 'second' }}"
 
 
@@ -729,11 +812,8 @@ def test_where_the_template_comes_from(file, setting, expected, tmp_path):
     assert load_tokenizer(tokenizer_folder(tmp_path, template_file=file, **settings)).render(MESSAGES) == expected
 
 
-@pytest.mark.parametrize("template", ["{% if %}", "{{ 'open", [{"name": "tool_use", "template": FIRST}], [], 3], ids=str)
+@pytest.mark.parametrize("template", ["{% if %}", "{{ 'open", [{"name": "tool_use", "template": FIRST}], 3], ids=str)
 def test_template_that_cannot_be_used_is_a_value_error(template, tmp_path):
-    if template == []:
-        assert load_tokenizer(tokenizer_folder(tmp_path, chat_template=[])).render(MESSAGES).startswith("Be  brief.")
-        return
     with pytest.raises(ValueError, match="template"):
         load_tokenizer(tokenizer_folder(tmp_path, chat_template=template))
 
@@ -752,14 +832,15 @@ LLAMA_LIKE = ("{{- bos_token }}{%- if not date_string is defined %}{%- set date_
 
 def test_no_double_bos(tmp_path):
     core = build_core()
-    core.post_processor = tokenizers.processors.TemplateProcessing(single="<bos> $A <eot>", pair="<bos> $A $B", special_tokens=[("<bos>", 1), ("<eot>", 2)])
+    core.post_processor = tokenizers.processors.TemplateProcessing(single="<bos> $A <eot>", pair="<bos> $A $B",
+                                                                   special_tokens=[("<bos>", 1), ("<eot>", 2)])
     tokenizer = load_tokenizer(tokenizer_folder(tmp_path, core, chat_template=LLAMA_LIKE, bos_token="<bos>", eos_token="<eot>"))
     text = tokenizer.render([{"role": "user", "content": "hello"}])
     assert text == "<bos>user : hello <eot>"
     assert core.encode(text).ids.count(1) == 2 and core.encode(text).ids.count(2) == 2  # the trap is there
     assert tokenizer.encode(text) == [1, 7, 11, 4, 2]
     assert tokenizer.decode([1, 7, 11, 4, 2], skip_special=True) == "user : hello"
-    assert [text[a:b] for a, b in tokenizer.core.encode("hello  world").offsets] == [] or tokenizer.core.encode("hello  world").ids == [4, 5]
+    assert tokenizer.core.encode(text).offsets == [(0, 5), (5, 9), (10, 11), (12, 17), (18, 23)]
 
 
 @pytest.mark.parametrize("template", [LLAMA_LIKE, "{{ strftime_now('%d %b %Y') }}", "{{ date_string }}"])
@@ -797,7 +878,8 @@ def test_rendering_equals_transformers(template, prompt, tmp_path):
 
 
 @pytest.mark.parametrize("template, content", [
-    ("{{ raise_exception('roles must alternate') }}", "hello"), ("{{ messages[0].absent.field }}", "hello"), ("{{ 'a' + messages[0].content }}", None),
+    ("{{ raise_exception('roles must alternate') }}", "hello"), ("{{ messages[0].absent.field }}", "hello"),
+    ("{{ 'a' + messages[0].content }}", None),
     ("{{ ''.__class__.__mro__ }}", "hello"), ("{{ messages.append(1) }}", "hello")])
 def test_template_that_raises_is_a_value_error(template, content, tmp_path):
     tokenizer = load_tokenizer(tokenizer_folder(tmp_path, chat_template=template))
@@ -914,7 +996,8 @@ def test_one_error_lists_every_bad_prompt_and_setting(model):
     assert sorted(named) == [0, 2, 3, 5] and "max_new_tokens" in str(error.value) and "temperature" in str(error.value)
 
 
-@pytest.mark.parametrize("bad", [dict(batch_rows=0), dict(temperature=float("nan")), dict(temperature=float("inf")), dict(top_p=0.0), dict(top_p=1.1)], ids=str)
+@pytest.mark.parametrize("bad", [dict(batch_rows=0), dict(temperature=float("nan")), dict(temperature=float("inf")), dict(top_p=0.0),
+                                 dict(top_p=1.1)], ids=str)
 def test_bad_settings_raise(model, bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         generate(model, [[1]], 2, **bad)
@@ -947,5 +1030,5 @@ def test_init_weights_draws_each_tensor_from_its_own_generator(model):
     assert torch.equal(one.model.layers[1].mlp.up_proj.weight, deeper.model.layers[1].mlp.up_proj.weight)
     assert not torch.equal(one.model.layers[1].mlp.up_proj.weight, two.model.layers[1].mlp.up_proj.weight)
     assert not torch.equal(one.model.layers[1].mlp.up_proj.weight, one.model.layers[1].mlp.gate_proj.weight)
-    assert 0.018 < float(one.model.embed_tokens.weight.std()) < 0.022 and bool((one.model.norm.weight == 1).all())
-    assert 0.007 < float(one.model.layers[0].mlp.down_proj.weight.std()) < 0.0093
+    assert 0.018 < one.model.embed_tokens.weight.std().item() < 0.022 and bool((one.model.norm.weight == 1).all())
+    assert 0.007 < one.model.layers[0].mlp.down_proj.weight.std().item() < 0.0093

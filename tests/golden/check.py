@@ -1,0 +1,178 @@
+"""Compare an implementation of TALAN with the golden kit. Needs numpy and safetensors, and nothing else.
+
+    python tests/golden/check.py module:function    function(case, inputs) -> {tensor name: array}, module importable from here
+    python tests/golden/check.py FOLDER             FOLDER/<case name>.safetensors, written by any other program
+
+A tensor passes when its shape is the expected one and |found - expected| <= tolerance everywhere. Where the expected value
+is nan (padding) nothing is compared. Missing and unexpected tensors fail. Exit code: 0 all pass, 1 something fails, 2 bad call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+KIT = Path(__file__).resolve().parent
+Case = dict[str, Any]
+Tensors = dict[str, np.ndarray]
+Function = Callable[[Case, Tensors], Tensors]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table: error is the largest |found - expected|, note says what is wrong and where first."""
+
+    case: str
+    tensor: str
+    tolerance: float | None
+    error: float | None
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.note
+
+
+def read_cases(patterns: list[str] | None = None) -> list[Case]:
+    """The cases of cases.json whose name matches one of the patterns (* and ? as in a shell). Raises ValueError without a match."""
+    cases = json.loads((KIT / "cases.json").read_text(encoding="utf-8"))["cases"]
+    chosen = [case for case in cases if any(fnmatch.fnmatchcase(case["name"], p) for p in patterns or ["*"])]
+    if not chosen:
+        raise ValueError(f"no case matches {patterns}; there are: {', '.join(case['name'] for case in cases)}")
+    return chosen
+
+
+def read_tensors(file: Path) -> Tensors:
+    """The tensors of one file by name. Raises ValueError when it is not a safetensors file."""
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file}: missing or unreadable: {error}") from None
+
+
+def read_inputs(case: Case) -> Tensors:
+    """Every tensor of the case's input files by name: backbone weights, adapter, side path, batch."""
+    return {name: value for file in case["inputs"] for name, value in read_tensors(KIT / file).items()}
+
+
+def read_expected(case: Case) -> Tensors:
+    """The case's expected tensors by name."""
+    return read_tensors(KIT / "expected" / f"{case['name']}.safetensors")
+
+
+def compare(name: str, tensor: str, tolerance: float, expected: np.ndarray, found: Any) -> Result:
+    """One tensor against its expectation, in float64."""
+    try:
+        want, have = np.asarray(expected, np.float64), np.asarray(found).astype(np.float64)
+    except (TypeError, ValueError) as error:
+        return Result(name, tensor, tolerance, None, f"not a numeric array: {error}")
+    if want.shape != have.shape:
+        return Result(name, tensor, tolerance, None, f"shape: expected {want.shape}, found {have.shape}")
+    with np.errstate(invalid="ignore"):
+        off = np.where(np.isnan(want), 0.0, np.where(have == want, 0.0, np.abs(have - want)))
+    bad = np.argwhere(~(off <= tolerance))  # a nan that was found is bad too
+    largest = float(np.where(np.isnan(off), np.inf, off).max(initial=0.0))
+    if len(bad) == 0:
+        return Result(name, tensor, tolerance, largest)
+    first = tuple(int(i) for i in bad[0])
+    where = f"first at {list(first)}: expected {want[first]:.9g}, found {have[first]:.9g}; {len(bad)} of {want.size} values deviate"
+    return Result(name, tensor, tolerance, largest, where)
+
+
+def check_case(case: Case, found: Tensors) -> Iterator[Result]:
+    """Every expected tensor in the order of cases.json, then the unexpected ones."""
+    expected, name = read_expected(case), case["name"]
+    for tensor, tolerance in case["tolerance"].items():
+        if tensor in found:
+            yield compare(name, tensor, tolerance, expected[tensor], found[tensor])
+        else:
+            yield Result(name, tensor, tolerance, None, "missing")
+    for tensor in sorted(set(found) - set(case["tolerance"])):
+        yield Result(name, tensor, None, None, "unexpected")
+
+
+def run_function(function: Function, case: Case) -> list[Result]:
+    """Call somebody's implementation on one case; whatever it raises is a failure of the case."""
+    inputs = read_inputs(case)
+    try:
+        found = function(json.loads(json.dumps(case)), inputs)
+    except Exception as error:
+        if not isinstance(error, NotImplementedError):
+            traceback.print_exc()
+        return [Result(case["name"], "*", None, None, f"raised {type(error).__name__}: {error}")]
+    if not isinstance(found, dict):
+        return [Result(case["name"], "*", None, None, f"expected a dict of arrays, found {type(found).__name__}")]
+    return list(check_case(case, found))
+
+
+def run_folder(folder: Path, case: Case) -> list[Result]:
+    """Compare FOLDER/<case name>.safetensors."""
+    try:
+        found = read_tensors(folder / f"{case['name']}.safetensors")
+    except ValueError as error:
+        return [Result(case["name"], "*", None, None, str(error))]
+    return list(check_case(case, found))
+
+
+def import_function(spec: str) -> Function:
+    """The function of "module:function", the module sought in the current folder first. Raises ValueError."""
+    module, _, name = spec.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{spec}: {error} (neither such a module nor such a folder)") from None
+    except AttributeError:
+        raise ValueError(f"{spec}: the module {module} has no {name!r}") from None
+    return function
+
+
+def table(results: list[Result]) -> str:
+    """Case, tensor, tolerance, largest error, pass or FAIL, first place that deviates."""
+    number = lambda x: "-" if x is None else f"{x:.1e}" if x else "0"
+    rows = [("case", "tensor", "tolerance", "error", "", "")]
+    rows += [(r.case, r.tensor, number(r.tolerance), number(r.error), "pass" if r.passed else "FAIL", r.note) for r in results]
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    return "\n".join("  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[5]]).rstrip() for row in rows)
+
+
+def check(target: str, patterns: list[str] | None = None) -> list[Result]:
+    """Results of a "module:function" or of a folder. Raises ValueError on a target or pattern that leads nowhere, or a damaged kit."""
+    cases = read_cases(patterns)
+    if Path(target).is_dir():
+        return [result for case in cases for result in run_folder(Path(target), case)]
+    function = import_function(target)
+    return [result for case in cases for result in run_function(function, case)]
+
+
+def main() -> int:
+    """Print the table and the count."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", help="module:function, or a folder of <case name>.safetensors")
+    parser.add_argument("--case", nargs="+", metavar="NAME", help="only these cases; * and ? match as in a shell")
+    args = parser.parse_args()
+    try:
+        results = check(args.target, args.case)
+    except ValueError as error:
+        print(f"check.py: {error}", file=sys.stderr)
+        return 2
+    failed = sum(not r.passed for r in results)
+    print(table(results))
+    print(f"{len({r.case for r in results})} cases, {len(results)} tensors, {failed} failed")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,153 @@
+"""Our code on the kit's cases, through its public door: `python tests/golden/check.py tests.golden.ours:run`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+import talan
+import train
+from model import Cache, Transformer, generate, load_model, load_tokenizer
+from talan import SidePath, TalanConfig, load_adapter, merge_adapter
+
+Case = dict[str, Any]
+Tensors = dict[str, np.ndarray]
+
+
+def run(case: Case, inputs: Tensors) -> Tensors:
+    """The tensors that our code computes for one case."""
+    return {name: value.detach().numpy() if isinstance(value, Tensor) else np.asarray(value)
+            for name, value in KINDS[case["kind"]](case, inputs).items()}
+
+
+def load(case: Case) -> Transformer:
+    """The case's backbone with its adapter folder attached, if it has one."""
+    model = load_model(HERE / case["backbone"])
+    if case.get("folder"):
+        load_adapter(model, HERE / case["folder"], case.get("scope", "joint"))
+    return model
+
+
+def batch_of(inputs: Tensors) -> tuple[Tensor, Tensor]:
+    """tokens (B,T) and lengths (B,)."""
+    return torch.from_numpy(inputs["tokens"]), torch.from_numpy(inputs["lengths"])
+
+
+@torch.no_grad()
+def forward_case(case: Case, inputs: Tensors) -> dict[str, Any]:
+    """embedding, layer.N and hidden (B,T,D), logits (B,T,V). The residual stream is read with forward hooks, as a user would."""
+    model, out = load(case), {}
+    modules = {"embedding": model.model.embed_tokens} | {f"layer.{n}": block for n, block in enumerate(model.model.layers)}
+    for name, module in modules.items():
+        module.register_forward_hook(lambda _, __, result, name=name: out.update({name: result}))
+    out["hidden"] = model(batch_of(inputs)[0])
+    return out | {"logits": model.logits(out["hidden"])}
+
+
+class Recorder(SidePath):
+    """A side path that keeps what passes between its stages."""
+
+    def compress(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keep x, k (the first root-mean-square taken in here), v, e = log w."""
+        rms, calls = talan.rms, []
+        with mock.patch.object(talan, "rms", lambda s: calls.append(rms(s)) or calls[-1]):
+            w, v = super().compress(x, lengths)
+        self.kept = {"x": x, "k": calls[0], "v": v, "e": w.log()}
+        self.memory: list[Tensor] = []
+        return w, v
+
+    def remix(self, z: Tensor, x: Tensor) -> Tensor:
+        """Keep the memory z, chunk by chunk."""
+        self.memory.append(z)
+        return super().remix(z, x)
+
+    def write(self, y: Tensor, x: Tensor, stream: Tensor) -> Tensor:
+        """Keep y and delta."""
+        self.kept |= {"z": torch.cat(self.memory, 1), "y": y, "delta": super().write(y, x, stream)}
+        return self.kept["delta"]
+
+
+@torch.no_grad()
+def side_path_case(case: Case, inputs: Tensors) -> dict[str, Any]:
+    """Every intermediate of one side path (B,T,...), h_out (B,T,D) and the state num (B,M,r), den (B,M) behind it."""
+    given = {name: torch.from_numpy(value) for name, value in inputs.items()}
+    h, lengths, state = given.pop("h"), given.pop("lengths"), (given.pop("num"), given.pop("den"))
+    path = Recorder(h.shape[2], TalanConfig(**case["side_path"]))
+    path.load_state_dict(given)
+    h_out, (num, den) = path(h, state, lengths)
+    return path.kept | {"h_out": h_out, "num": num, "den": den}
+
+
+def train_case(case: Case, inputs: Tensors) -> dict[str, Any]:
+    """loss, grad.NAME of the first step and after.NAME after the last one, named as in the adapter's files."""
+    model, settings = load(case).train(), case["optimizer"]
+    name_of = lambda name: talan.peft_name(name) if talan.group_of(name) == "adapter" else name
+    learning = {name_of(name): p for name, p in model.named_parameters() if p.requires_grad}
+    rows = [train.Row(ids[:n].tolist(), supervised[:n].astype(bool).tolist())
+            for ids, supervised, n in zip(inputs["tokens"], inputs["supervised"], inputs["lengths"])]
+    batch, out = train.make_batch(rows, "cpu"), {}
+    optimizer = train.build_optimizer(model, train.Settings(**{key: settings[key] for key in ("lr", "weight_decay", "talan_lr_scale")}))
+    for step in range(settings["steps"]):
+        loss = train.loss_sum(model, batch, model.head_weight) / len(batch.targets)
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            out = {"loss": loss} | {f"grad.{name}": p.grad.clone() for name, p in learning.items()}
+        for group in optimizer.param_groups:
+            group["lr"] = settings["lr"] * group["lr_scale"]
+        optimizer.step()
+    return out | {f"after.{name}": p for name, p in learning.items()}
+
+
+def merge_case(case: Case, inputs: Tensors) -> dict[str, Any]:
+    """merged.NAME (out,in) of every adapted projection."""
+    model = load(case)
+    merge_adapter(model)
+    return {f"merged.{name}": p for name, p in model.named_parameters() if name.split(".")[-2] in case["adapter"]["targets"]}
+
+
+@torch.no_grad()
+def decode_case(case: Case, inputs: Tensors) -> dict[str, Any]:
+    """State and hidden (B,D) after a ragged prefill, then hidden (B,D) of one more token each, step by step."""
+    model, (tokens, lengths) = load(case), batch_of(inputs)
+    rows, steps = torch.arange(len(tokens)), torch.from_numpy(inputs["next"])
+    cache = Cache(model.config, len(tokens), tokens.shape[1] + steps.shape[1])
+    out: dict[str, Any] = {"prefill": model(tokens, cache, lengths)[rows, lengths - 1], "lengths": cache.lengths}
+    for layer, (num, den) in cache.side.items():
+        out |= {f"num.{layer}": num, f"den.{layer}": den}
+    for n in range(steps.shape[1]):
+        out[f"step.{n}"] = model(steps[:, n:n + 1], cache)[:, 0]
+    return out
+
+
+def greedy_case(case: Case, inputs: Tensors) -> dict[str, Any]:
+    """New token ids (B,max_new_tokens) with -1 behind each row's end; two rows at a time, so that rows are refilled."""
+    tokens, lengths = batch_of(inputs)
+    prompts = [row[:n].tolist() for row, n in zip(tokens, lengths)]
+    limit = case["max_new_tokens"]
+    new = generate(load(case), prompts, limit, eos_ids=case["stop_ids"], batch_rows=2)
+    return {"new_tokens": np.array([row + [-1] * (limit - len(row)) for row in new])}
+
+
+def labels_case(case: Case, inputs: Tensors) -> dict[str, Any]:
+    """UTF-8 bytes of the rendered text and of the prompt, token ids of both, which of the text's are supervised, the stop ids."""
+    tokenizer, messages = load_tokenizer(HERE / case["tokenizer"]), case["messages"]
+    last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+    row, text = train.encode_row(tokenizer, messages), tokenizer.render(messages)
+    prompt = tokenizer.render(messages[:last], add_generation_prompt=True)
+    utf8 = lambda s: np.frombuffer(s.encode(), np.uint8)
+    return {"text": utf8(text), "ids": row.ids, "supervised": row.supervised, "stop_ids": tokenizer.eos_ids,
+            "prompt_text": utf8(prompt), "prompt_ids": tokenizer.encode(prompt)}
+
+
+KINDS = {"forward": forward_case, "side_path": side_path_case, "train": train_case, "merge": merge_case, "decode": decode_case,
+         "greedy": greedy_case, "labels": labels_case}

@@ -1,0 +1,133 @@
+"""Break the sources on purpose, one small realistic fault at a time, and show that the suite goes red for each.
+
+    python tests/mutants.py                 all of them, two at a time; exit code 1 when one survives
+    python tests/mutants.py --only dora     those with "dora" in the name
+
+Each mutant is a copy of the repository in a temporary folder with one passage replaced; the working tree is never touched.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from data.settings import parse, setting
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Run the mutants and report which survive."""
+
+    only: str = setting("", "only mutants with this in their name")
+    workers: int = setting(2, "mutants tried at once")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault: in `file`, `old` (found exactly once) becomes `new`; `tests` are expected to notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MODEL, TALAN, TRAIN, EVAL = "test_model.py", "test_oracle.py test_talan.py test_peft.py", "test_train.py test_labels.py", "test_eval.py"
+MUTANTS = [
+    Mutant("mask off by one", "model.py", "+ 1) <= positions[", "+ 1) < positions[", MODEL),
+    Mutant("mask sees one token ahead", "model.py", "+ 1) <= positions[:, None, :, None]", "+ 1) <= positions[:, None, :, None] + 1", MODEL),
+    Mutant("rope position off after the cache", "model.py", "positions = cache.lengths[:, None] + positions", "positions = cache.lengths[:, None] + positions + 1", MODEL),
+    Mutant("rope halves swapped sign", "model.py", "a * cos - b * sin, b * cos + a * sin", "a * cos + b * sin, b * cos - a * sin", MODEL),
+    Mutant("llama3 blend inverted", "model.py", "(1 - blend) * freq / s.factor + blend * freq", "blend * freq / s.factor + (1 - blend) * freq", MODEL),
+    Mutant("old rope spelling ignored", "model.py", '{**(raw.get("rope_scaling") or {}), **', '{**', MODEL),
+    Mutant("qk norm on the wrong eps", "model.py", "self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)", "self.k_norm = RMSNorm(self.head_dim, 0.1)", MODEL),
+    Mutant("cache counts the pads", "model.py", "(tokens if lengths is None else lengths.to(\"cpu\", torch.int64))", "tokens", MODEL),
+    Mutant("last token of the batch, not of the row", "model.py", "hidden[torch.arange(len(free)), lengths - 1]", "hidden[torch.arange(len(free)), -1]", MODEL),
+    Mutant("refilled row keeps the old side state", "model.py", "                mine[index] = theirs\n", "                pass\n", MODEL),
+    Mutant("draws depend on the batch", "model.py", "draws[i, len(out[i])] for i in ids", "draws[b, len(out[i])] for b, i in enumerate(ids)", MODEL),
+    Mutant("top-p drops the likeliest token", "model.py", "p.masked_fill(before >= top_p, 0)", "p.masked_fill(before + p >= top_p, 0)", MODEL),
+    Mutant("unexpected tensors ignored", "model.py", "for name in sorted(found - set(want))]", "for name in ()]", MODEL),
+    Mutant("second bos from the post-processor", "model.py", "return self.core.encode(text, add_special_tokens=False).ids",
+           "return [1] + self.core.encode(text, add_special_tokens=False).ids", MODEL),
+    Mutant("lora scale without alpha", "talan.py", "return self.alpha / (math.sqrt(self.rank)", "return 1 / (math.sqrt(self.rank)", TALAN),
+    Mutant("rslora scaled as lora", "talan.py", 'math.sqrt(self.rank) if self.kind == "rslora" else self.rank', "self.rank", TALAN),
+    Mutant("alpha lost on save", "talan.py", '"lora_alpha": config.alpha', '"lora_alpha": config.rank', TALAN),
+    Mutant("A started at the wrong width", "talan.py", "- 1) / math.sqrt(cols)", "- 1) / math.sqrt(config.rank)", TALAN),
+    Mutant("dora norm in the graph", "talan.py", "    @torch.no_grad()\n    def row_norm", "    def row_norm", TALAN),
+    Mutant("dora norm without its cross term", "talan.py", "squared + 2 * s * (B * WA).sum(1) + ", "squared + ", TALAN),
+    Mutant("dora zero row gives nan", "talan.py", "torch.where(norm > 0, self.lora_magnitude_vector / torch.where(norm > 0, norm, 1), 1)",
+           "self.lora_magnitude_vector / norm", TALAN),
+    Mutant("dora dropout on the whole of W x", "talan.py", "y + (g - 1) * F.linear(dropped, self.weight) + g * update", "g * (y + update)", TALAN),
+    Mutant("magnitude merged as a column", "talan.py", "self.gain()[:, None] * merged", "self.gain().mean() * merged", TALAN),
+    Mutant("memory sees the pads", "talan.py", "            w = w * real[..., None]\n", "", TALAN),
+    Mutant("memory sees the next token", "talan.py", "y, num, den = self.read(*chunk, num, den)\n            ys", "y, num, den = self.read(*chunk, *self.read(*chunk, num, den)[1:])\n            ys", TALAN),
+    Mutant("softmax over the wrong axis", "talan.py", "(a.softmax(-1)[..., None] * z).sum(2)", "(a.softmax(1)[..., None] * z).sum(2)", TALAN),
+    Mutant("key not normalised", "talan.py", "k, v = rms(x @ self.w_key.T)", "k, v = (x @ self.w_key.T)", TALAN),
+    Mutant("score without sqrt(r)", "talan.py", "e = k @ rms(self.slots).T / math.sqrt(self.config.width)", "e = k @ rms(self.slots).T / 8", TALAN),
+    Mutant("gate sign", "talan.py", "torch.sigmoid(x @ self.w_gate + self.b_gate)", "torch.sigmoid(-(x @ self.w_gate) + self.b_gate)", TALAN),
+    Mutant("gate starts open", "talan.py", "nn.Parameter(torch.tensor(-1.0))", "nn.Parameter(torch.tensor(1.0))", TALAN),
+    Mutant("bound inverted", "talan.py", "torch.where(norm > limit, limit / torch", "torch.where(norm < limit, limit / torch", TALAN),
+    Mutant("trunk gradient not scaled", "talan.py", "stream = scale_grad(h, self.config.trunk_grad_scale).float()", "stream = h.float()", TALAN),
+    Mutant("grad_scale on the forward pass", "talan.py", "scale_grad(delta, self.config.grad_scale)", "delta * self.config.grad_scale", TALAN),
+    Mutant("writeback scope trains the mixer", "talan.py", '".side_path.w_out", ".side_path.w_gate"', '".side_path.w_read", ".side_path.w_out", ".side_path.w_gate"', TALAN),
+    Mutant("starts share one stream", "talan.py", 'generator=generator(seed, name + ".lora_A")', "generator=generator(seed)", TALAN),
+    Mutant("another backbone accepted", "talan.py", "if saved and mine and saved != mine:", "if False:", TALAN),
+    Mutant("side path in bf16", "talan.py", "self.config.trunk_grad_scale).float()", "self.config.trunk_grad_scale)", TALAN),
+    Mutant("first token's target is itself", "train.py", "targets = tokens[:, 1:].reshape(-1)[places]", "targets = tokens[:, :-1].reshape(-1)[places]", TRAIN),
+    Mutant("one pad trained a row", "train.py", "[int(s) for s in row.supervised]", "[int(s) for s in row.supervised] + [1]", TRAIN),
+    Mutant("mean of micro-batch means", "train.py", "(loss / count).backward()", "(loss / len(batch.targets) / len(batches)).backward()", TRAIN),
+    Mutant("stop token unlabelled", "train.py", "return after + len(token)", "return end", TRAIN),
+    Mutant("token across the border labelled", "train.py", "supervised.append(begin <= a < b <= end)", "supervised.append(begin < b <= end)", TRAIN),
+    Mutant("every epoch in the same order", "train.py", 'generator(seed, "order", epoch)', 'generator(seed, "order")', TRAIN),
+    Mutant("resume replays the first batches", "train.py", "    for _ in range(first):\n        next(plan)\n", "", TRAIN),
+    Mutant("moments lost on resume", "train.py", "optimizer.state[p] = {key: value.to(p.device) for key, value in kept.items()}", "pass", TRAIN),
+    Mutant("dropout follows the global stream", "train.py", '        torch.manual_seed(generator(settings.seed, "dropout", step).initial_seed())', '        torch.rand(1)', TRAIN),
+    Mutant("budget without padding", "train.py", "longest * (len(groups[-1]) + 1) > budget", "sum(lengths[i] for i in groups[-1]) + lengths[n] > budget", TRAIN),
+    Mutant("side path rate not scaled", "train.py", 'group["lr"] = rate * group["lr_scale"]', 'group["lr"] = rate', TRAIN),
+    Mutant("truncated answers counted as stopped", "eval.py", "len(ids), not stopped)", "len(ids), False)", EVAL),
+    Mutant("interval of the wrong z", "eval.py", "1.959963984540054", "1.6448536269514722", EVAL),
+]
+
+
+def run_mutant(mutant: Mutant) -> tuple[Mutant, bool, float]:
+    """(mutant, did the suite go red, seconds). Raises ValueError when the passage to replace is not there exactly once."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "talan"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "smollm2", "__pycache__", ".venv"))
+        source = (copy / mutant.file).read_text()
+        if source.count(mutant.old) != 1:
+            raise ValueError(f"{mutant.name}: expected the passage once in {mutant.file}, found it {source.count(mutant.old)} times")
+        (copy / mutant.file).write_text(source.replace(mutant.old, mutant.new))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *(f"tests/{t}" for t in mutant.tests.split())]
+        done = subprocess.run(command, cwd=copy, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode not in (0, 1):
+        raise ValueError(f"{mutant.name}: pytest ended with {done.returncode}: {done.stdout.decode()[-500:]}{done.stderr.decode()[-500:]}")
+    return mutant, done.returncode == 1, time.perf_counter() - began
+
+
+def main(settings: Settings) -> None:
+    """Try every mutant; exit with 1 when one survives."""
+    chosen = [m for m in MUTANTS if settings.only in m.name]
+    survivors = []
+    with ThreadPoolExecutor(settings.workers) as pool:
+        for mutant, red, seconds in pool.map(run_mutant, chosen):
+            print(f"{'killed  ' if red else 'SURVIVED'}  {mutant.file:9} {mutant.name}  ({seconds:.0f} s)", flush=True)
+            survivors += [] if red else [mutant.name]
+    print(f"{len(chosen)} mutants, {len(survivors)} survivors{': ' + ', '.join(survivors) if survivors else ''}")
+    raise SystemExit(bool(survivors))
+
+
+if __name__ == "__main__":
+    main(parse(Settings))
