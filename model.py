@@ -497,7 +497,8 @@ def load_model(path: str | Path, device: Any = "cpu", dtype: torch.dtype | str |
 
 def fingerprint(config: ModelConfig, folder: Path) -> str:
     """sha256 of what the config computes and of tokenizer.json: the identity that an adapter remembers its backbone by."""
-    computed = {k: v for k, v in dataclasses.asdict(config).items() if k != "dtype"}
+    values, defaults = dataclasses.asdict(config), {f.name: f.default for f in dataclasses.fields(config)}
+    computed = {k: v for k, v in values.items() if k not in ("dtype", "max_position_embeddings") and v != defaults[k]}
     digest = hashlib.sha256(json.dumps(computed, sort_keys=True).encode())
     if (folder / "tokenizer.json").exists():
         digest.update((folder / "tokenizer.json").read_bytes())

@@ -35,6 +35,7 @@ SITES = ("block", "attention")
 MIXERS = ("linear", "mlp", "attention")
 WRITEBACKS = ("add", "gate", "bounded")
 SCOPES = ("joint", "adapter", "talan", "writeback", "full")
+WIDEST = 4096  # of slots and width: exp(sqrt(4096)) = 6e27 is far inside float32
 CHUNK = 128  # tokens whose (B,C,M,r) memory exists at once; backward recomputes it chunk by chunk
 TINY = 1e-30  # below any denominator that a real token can make: exp(-sqrt(r)) >= 1e-28 at the largest width
 
@@ -57,17 +58,17 @@ class AdapterConfig:
     targets: tuple[str, ...] = TARGETS
 
     def __post_init__(self) -> None:
-        targets = TARGETS if self.targets in ("all", ("all",)) else tuple(t for t in TARGETS if t in self.targets)
-        unknown = set() if targets == TARGETS and self.targets in ("all", ("all",)) else set(self.targets) - set(TARGETS)
-        object.__setattr__(self, "targets", targets)
-        problems = [f"targets: unknown {name!r}, expected some of {', '.join(TARGETS)} or 'all'" for name in sorted(unknown)]
+        problems = [] if self.targets else [f"targets: expected at least one of {', '.join(TARGETS)}, or all; found {self.targets!r}"]
+        given = (self.targets,) if isinstance(self.targets, str) else self.targets
+        given = given if isinstance(given, (tuple, list)) else (given,)
+        for name in given:
+            check_choice(problems, "targets", name, (*TARGETS, "all"))
         check_choice(problems, "kind", self.kind, KINDS)
-        check_number(problems, "rank", self.rank, type(self.rank) is int and self.rank >= 1, "an integer of at least 1")
-        check_number(problems, "alpha", self.alpha, self.alpha > 0, "a number above 0")
-        check_number(problems, "dropout", self.dropout, 0 <= self.dropout < 1, "a number from 0 to below 1")
-        if not targets:
-            problems.append(f"targets: expected at least one of {', '.join(TARGETS)}, found none")
+        check_number(problems, "rank", self.rank, 1, whole=True)
+        check_number(problems, "alpha", self.alpha, 0, above=True)
+        check_number(problems, "dropout", self.dropout, 0, below=1)
         raise_all("adapter", problems)
+        object.__setattr__(self, "targets", tuple(t for t in TARGETS if t in given or "all" in given))
 
     @property
     def scale(self) -> float:
@@ -94,18 +95,18 @@ class TalanConfig:
 
     def __post_init__(self) -> None:
         problems: list[str] = []
-        object.__setattr__(self, "layers", tuple(self.layers))
+        layers = tuple(self.layers) if isinstance(self.layers, (tuple, list)) else None
+        object.__setattr__(self, "layers", layers)
         for name, value, allowed in (("site", self.site, SITES), ("mixer", self.mixer, MIXERS), ("writeback", self.writeback, WRITEBACKS)):
             check_choice(problems, name, value, allowed)
-        check_number(problems, "slots", self.slots, type(self.slots) is int and 1 <= self.slots <= 4096, "an integer from 1 to 4096")
-        check_number(problems, "width", self.width, type(self.width) is int and 1 <= self.width <= 4096, "an integer from 1 to 4096")
-        check_number(problems, "bound", self.bound, 0 < self.bound < math.inf, "a number above 0")
+        for name in ("slots", "width"):
+            check_number(problems, name, getattr(self, name), 1, below=WIDEST + 1, whole=True)
+        check_number(problems, "bound", self.bound, 0, above=True)
         for name in ("grad_scale", "trunk_grad_scale"):
-            value = getattr(self, name)
-            check_number(problems, name, value, 0 <= value < math.inf, "a number of at least 0")
-        for layer in self.layers or [None]:
-            fits = type(layer) is int and layer >= 0 or type(layer) is float and 0 < layer < 1
-            check_number(problems, "layers", layer, fits, "one or more indices from 0, or fractions between 0 and 1")
+            check_number(problems, name, getattr(self, name), 0)
+        for layer in layers or (None,):
+            if not (type(layer) is int and layer >= 0 or type(layer) is float and 0 < layer < 1):
+                problems.append(f"layers: expected indices from 0, or fractions between 0 and 1, found {layer!r}")
         raise_all("side path", problems)
 
     def resolve(self, depth: int) -> tuple[int, ...]:
@@ -123,10 +124,12 @@ def check_choice(problems: list[str], name: str, value: Any, allowed: tuple[str,
         problems.append(f"{name}: expected one of {', '.join(allowed)}, found {value!r}")
 
 
-def check_number(problems: list[str], name: str, value: Any, fits: bool, wanted: str) -> None:
-    """Add a line to problems unless the value fits."""
-    if not fits:
-        problems.append(f"{name}: expected {wanted}, found {value!r}")
+def check_number(problems: list[str], name: str, value: Any, low: float, below: float = math.inf, above: bool = False, whole: bool = False) -> None:
+    """Add a line to problems unless value is a number (whole: an integer) with low <= value < below (above: low < value)."""
+    fits = type(value) is int or (type(value) is float and not whole)
+    if not (fits and (low < value if above else low <= value) and value < below):
+        kind, edge = "an integer" if whole else "a number", "above" if above else "of at least"
+        problems.append(f"{name}: expected {kind} {edge} {low}{'' if below == math.inf else f' and below {below}'}, found {value!r}")
 
 
 def raise_all(what: str, problems: list[str]) -> None:
@@ -433,7 +436,7 @@ def save_adapter(model: Transformer, folder: str | Path) -> None:
     if not parts or stale:
         raise ValueError(f"{folder}: cannot save {sorted(parts) or 'a bare backbone'} here" + (f", stale files: {stale}" if stale else ""))
     folder.mkdir(parents=True, exist_ok=True)
-    meta = {"format": "pt", "backbone": model.fingerprint or ""}
+    meta = {"backbone": model.fingerprint or ""}  # one key: safetensors writes several in a random order
     for part, (config, tensors) in parts.items():
         with atomic(folder / FILES[part][1]) as tmp:
             save_file({k: v.detach().float().cpu().contiguous() for k, v in tensors.items()}, tmp, metadata=meta)
@@ -526,13 +529,13 @@ def read_peft_config(file: Path, tensors: dict[str, Any]) -> AdapterConfig:
                  if k not in PEFT_HARMLESS | set(PEFT_FIXED) and v not in (None, False, [], {}, "")]
     problems += [f"{k}: absent" for k in ("r", "lora_alpha", "target_modules") if k not in raw]
     targets = raw.get("target_modules")
-    if isinstance(targets, str):  # a pattern or "all-linear": the tensors say what it matched
-        targets = {name.split(".")[-3 if name.endswith(".weight") else -2] for name in tensors}
+    if isinstance(targets, str) and targets not in TARGETS:  # a pattern or "all-linear": the tensors say what it matched
+        targets = sorted({name.split(".")[-3 if name.endswith(".weight") else -2] for name in tensors if "." in name})
     raise_all(str(file), problems)
     if raw.get("use_dora") and raw.get("use_rslora"):
         raise_all(str(file), ["use_dora and use_rslora together are not supported"])
     kind = "dora" if raw.get("use_dora") else "rslora" if raw.get("use_rslora") else "lora"
-    return AdapterConfig(kind, raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0), tuple(sorted(targets)))
+    return AdapterConfig(kind, raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0), targets)
 
 
 def read_talan_config(file: Path, model: ModelConfig) -> TalanConfig:
