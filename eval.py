@@ -34,7 +34,7 @@ class Settings:
     rescore: str = setting("", "records.jsonl of an earlier run: extract and grade again, without a model")
 
 
-GIVEN = given(Settings, [a for a in sys.argv[1:] if a != "score"]) if __name__ == "__main__" else {}  # --help needs no torch
+GIVEN = given(Settings, sys.argv[2:] if sys.argv[1:2] == ["score"] else sys.argv[1:]) if __name__ == "__main__" else {}  # --help needs no torch
 
 import json
 import math
@@ -42,6 +42,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from data.rows import check_messages, parse_object, read_lines
 from data.tiny.tasks import TASKS, extract, grade
 
 Record = dict[str, Any]
@@ -75,25 +76,19 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
 
 def load_items(task: Task, limit: int = 0) -> list[Record]:
     """Rows {id, messages, answer} of a task. Raises ValueError with file:line on a row without a prompt or an answer."""
-    items = []
-    try:
-        lines = task.file.read_bytes().split(b"\n")
-    except OSError as error:
-        raise ValueError(f"{task.file}: expected a readable JSONL file: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8-sig"))
-            messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
-            items.append({"id": str(row.get("id", number)), "messages": messages, "answer": row["answer"]})
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{task.file}:{number}: expected {{prompt or messages, answer}}: {error!r}") from None
-        if not isinstance(row["answer"], str) or not all(isinstance(m.get("content"), str) for m in messages):
-            raise ValueError(f"{task.file}:{number}: expected text in prompt and answer")
+    items = [parse_item(line, where) for where, line in read_lines(task.file)]
     if not items:
         raise ValueError(f"{task.file}: no items")
     return items[:limit or None]
+
+
+def parse_item(line: bytes, where: str) -> Record:
+    """{"prompt" or "messages", "answer", "id" (else the line's number)} -> {id, messages, answer}. Raises ValueError."""
+    row = parse_object(line, where)
+    messages = row["messages"] if "messages" in row else [{"role": "user", "content": row.get("prompt")}]
+    if not isinstance(row.get("answer"), str):
+        raise ValueError(f"{where}: expected an answer in text, found {row.get('answer')!r}")
+    return {"id": str(row.get("id", where.rpartition(":")[2])), "messages": check_messages(messages, where), "answer": row["answer"]}
 
 
 def make_record(task: Task, item: Record, completion: str, tokens: int, truncated: bool) -> Record:

@@ -180,7 +180,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Parse a JSON object. Raises ValueError with the file's name when it is absent or not one."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: expected a readable JSON file: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file}: expected a JSON object, found {type(value).__name__}")
@@ -570,17 +570,19 @@ def atomic(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(tmp) if tmp.is_dir() else tmp.unlink(missing_ok=True)
 
 
-def save_model(model: Transformer, folder: str | Path) -> None:
-    """Write a bare Transformer as a Hugging Face folder: its weights, and config and tokenizer files of where it was loaded.
+def save_model(model: Transformer, folder: str | Path, backbone_only: bool = False) -> None:
+    """Write a Transformer as a Hugging Face folder: its weights, and config and tokenizer files of where it was loaded.
 
-    The folder appears at once and complete. Raises ValueError when the model has tensors beyond a plain checkpoint's, or
-    was not loaded from a folder.
+    The folder appears at once and complete. Raises ValueError when the model was not loaded from a folder, or has tensors
+    beyond a plain checkpoint's (backbone_only leaves those out).
     """
     weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
     with torch.device("meta"):
-        extra = sorted(set(weights) - set(dict(Transformer(model.config).named_parameters())))
+        plain = set(dict(Transformer(model.config).named_parameters()))
+    extra = [] if backbone_only else sorted(set(weights) - plain)
     if extra or model.folder is None:
         raise ValueError(f"{folder}: not a bare model loaded from a folder" + (f"; first extra tensor: {extra[0]}" if extra else ""))
+    weights = {name: weights[name] for name in plain}
     with atomic(folder) as tmp:
         tmp.mkdir()
         save_file(weights, tmp / "model.safetensors", metadata={"format": "pt"})

@@ -360,6 +360,11 @@ def attach(model: Transformer, adapter: AdapterConfig | None, talan: TalanConfig
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def attached(model: Transformer) -> bool:
+    """Does the model have an adapter or a side path?"""
+    return any(group_of(name) != "backbone" for name, _ in model.named_parameters())
+
+
 def adapted(model: Transformer, adapter: AdapterConfig) -> Iterator[tuple[str, nn.Module, str]]:
     """(full name, parent module, attribute) of every projection that the adapter is for."""
     for layer, block in enumerate(model.model.layers):
@@ -433,7 +438,7 @@ def save_adapter(model: Transformer, folder: str | Path) -> None:
     """
     folder, parts = Path(folder), parts_of(model)
     stale = [name for part in set(FILES) - set(parts) for name in FILES[part] if (folder / name).exists()]
-    if not parts or stale:
+    if not attached(model) or stale:
         raise ValueError(f"{folder}: cannot save {sorted(parts) or 'a bare backbone'} here" + (f", stale files: {stale}" if stale else ""))
     folder.mkdir(parents=True, exist_ok=True)
     meta = {"backbone": model.fingerprint or ""}  # one key: safetensors writes several in a random order

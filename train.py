@@ -8,7 +8,7 @@ Shapes: B rows, T tokens, N supervised tokens of a micro-batch, D hidden size, V
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from data.settings import given, setting
@@ -80,7 +80,6 @@ class Settings:
 GIVEN = given(Settings, sys.argv[1:]) if __name__ == "__main__" else {}  # before torch loads: --help answers at once
 
 import contextlib
-import gzip
 import json
 import math
 import os
@@ -96,16 +95,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from data.rows import Message, check_messages, parse_object, read_lines
 from eval import Settings as EvalSettings, compare_table, find_tasks, load_items, score
 from model import Tokenizer, Transformer, atomic, choose_device, choose_dtype, generator, header
 from model import load_model, load_tokenizer, pad_rows, read_json, save_model
-from talan import AdapterConfig, TalanConfig, attach, checkpoint_folder, group_of, report, save_adapter
+from talan import AdapterConfig, TalanConfig, attach, attached, checkpoint_folder, group_of, report, save_adapter
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows -> token ids and labels
 # ---------------------------------------------------------------------------------------------------------------------
 
-Message = dict[str, str]
 OPEN, CLOSE = "\ue0f0", "\ue0f1"  # private-use characters that mark an assistant's text while the template is rendered
 
 
@@ -119,35 +118,24 @@ class Row:
 
 def read_rows(file: str | Path) -> Iterator[tuple[str, list[Message]]]:
     """Yield ("file:line", messages) of each JSONL line. Raises ValueError with file:line on the first unreadable row."""
-    try:
-        with (gzip.open(file) if str(file).endswith(".gz") else open(file, "rb")) as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield (where := f"{file}:{number}"), parse_row(line.removeprefix(b"\xef\xbb\xbf"), where)
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{file}: expected a readable JSONL file: {error}") from None
+    for where, line in read_lines(file):
+        yield where, parse_row(line, where)
 
 
 def parse_row(line: bytes, where: str) -> list[Message]:
     """{"messages": [...]}, {"prompt", "completion"} or GSM8K's {"question", "answer"} -> messages. Raises ValueError."""
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where}: expected one JSON object in UTF-8: {error}") from None
-    keys = set(row) if isinstance(row, dict) else set()
-    if "messages" in keys:
+    row = parse_object(line, where)
+    if "messages" in row:
         messages = row["messages"]
-    elif {"prompt", "completion"} <= keys:
+    elif {"prompt", "completion"} <= set(row):
         messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
-    elif {"question", "answer"} <= keys:  # GSM8K: the answer's calculator marks <<48/2=24>> are not for reading
+    elif {"question", "answer"} <= set(row):  # GSM8K: the answer's calculator marks <<48/2=24>> are not for reading
         answer = re.sub(r"<<[^<>]*>>", "", row["answer"]) if isinstance(row["answer"], str) else row["answer"]
         messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": answer}]
     else:
-        raise ValueError(f"{where}: expected messages, or prompt and completion, or question and answer; found {sorted(keys) or row!r}")
-    fits = isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") in
-                                              ("system", "user", "assistant", "tool") for m in messages)
-    if not fits or not any(m["role"] == "assistant" for m in messages):
-        raise ValueError(f"{where}: expected messages of {{role, content}} in text, one of them the assistant's; found {str(messages)[:200]}")
+        raise ValueError(f"{where}: expected messages, or prompt and completion, or question and answer; found {sorted(row)}")
+    if not any(m["role"] == "assistant" for m in check_messages(messages, where)):
+        raise ValueError(f"{where}: expected at least one message of the assistant, found none")
     return messages
 
 
@@ -368,8 +356,8 @@ def build_model(settings: Settings, device: torch.device) -> Transformer:
     if settings.scope == "full" and dtype != torch.float32:
         raise ValueError(f"scope full trains the backbone, whose weights must then be float32, found {dtype}: use --dtype float32")
     adapter = AdapterConfig(settings.adapter, settings.rank, settings.alpha, settings.dropout, settings.targets)
-    talan = TalanConfig(parse_layers(settings.layers), settings.site, settings.slots, settings.width, settings.mixer, settings.writeback, settings.bound,
-                        settings.grad_scale, settings.trunk_grad_scale) if settings.talan else None
+    axes = {field.name: getattr(settings, field.name) for field in fields(TalanConfig)}
+    talan = TalanConfig(**axes | {"layers": parse_layers(settings.layers)}) if settings.talan else None
     model = load_model(settings.backbone, device, dtype)
     attach(model, adapter, talan, settings.scope, settings.seed)
     return model
@@ -400,12 +388,16 @@ def learning_rate(step: int, steps: int, settings: Settings) -> float:
     return settings.lr * (settings.min_lr + (1 - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
+
+
 def save_checkpoint(run: Path, step: int, model: Transformer, optimizer: torch.optim.AdamW) -> None:
     """RUN/step-N, complete or absent: adapter and side path (scope full: the weights), optimizer state. Older ones are removed."""
     with atomic(run / f"step-{step:07d}") as tmp:
         if any(group_of(name) == "backbone" and p.requires_grad for name, p in model.named_parameters()):
-            save_model(model, tmp)
-        else:
+            model.source = str(run)  # what the adapter beside it belongs to
+            save_model(model, tmp, backbone_only=True)
+        if attached(model):
             save_adapter(model, tmp)
         state = {}
         for name, p in model.named_parameters():
@@ -435,13 +427,14 @@ def load_checkpoint(run: Path, model: Transformer, optimizer: torch.optim.AdamW)
         raise ValueError(f"{folder}: train_state of format {info.get('format')!r}, this code reads 1")
     state = load_file(folder / "train_state.safetensors")
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    want = {f"{key}.{name}" for name in named for key in ("parameter", "step", "exp_avg", "exp_avg_sq")}
+    moved = [name for name in named if f"step.{name}" in state]  # a parameter that never had a gradient has no moments
+    want = {f"parameter.{name}" for name in named} | {f"{key}.{name}" for name in moved for key in MOMENTS}
     if want != set(state):
         raise ValueError(f"{folder}: train_state does not fit these settings: {sorted(want ^ set(state))}")
     for name, p in named.items():
         p.data.copy_(state[f"parameter.{name}"])
-        kept = {key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {key: value.to(p.device) for key, value in kept.items()}
+        if name in moved:
+            optimizer.state[p] = {key: state[f"{key}.{name}"].to(p.device) for key in MOMENTS}
     return info["step"]
 
 
@@ -453,7 +446,8 @@ def finish_run(run: Path) -> None:
     for file in folder.iterdir():
         with atomic(run / file.name) as tmp:
             shutil.copyfile(file, tmp)
-    remove_folder(folder)
+    for old in sorted(run.glob("step-*")):
+        remove_folder(old)
 
 
 class Metrics:
@@ -478,12 +472,15 @@ class Metrics:
 
 
 class Interrupt:
-    """Ctrl-C or SIGTERM: once, finish the step and save; twice, stop now."""
+    """Ctrl-C or SIGTERM: once, finish the step and save; twice, stop now. `close` puts back what was there before."""
 
     def __init__(self) -> None:
         self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def close(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def ask(self, number: int, frame: Any) -> None:
         self.asked = True
@@ -528,12 +525,13 @@ def make_run(run: Path, settings: Settings) -> None:
 # The loop
 # ---------------------------------------------------------------------------------------------------------------------
 
-def train(settings: Settings, run: Path, model: Transformer, rows: list[Row], dev: list[Row], device: torch.device) -> bool:
+def train(settings: Settings, run: Path, model: Transformer, rows: list[Row], dev: list[Row], device: torch.device,
+          interrupt: Interrupt) -> bool:
     """Train from the newest checkpoint in `run` to the last step; False when interrupted. The loss of a step is
     sum over its supervised tokens / their number, over all its micro-batches."""
     optimizer = build_optimizer(model, settings)
     first = load_checkpoint(run, model, optimizer)
-    metrics, interrupt = Metrics(run, first or -1), Interrupt()
+    metrics = Metrics(run, first or -1)
     lengths = [len(row.ids) for row in rows]
     steps = settings.steps or max(1, round(settings.epochs * len(plan_epoch(lengths, settings.step_tokens, 0, settings.seed, 0))))
     forward = torch.compile(model, dynamic=True) if settings.compile else model
@@ -617,8 +615,9 @@ def score_run(settings: Settings, run: Path, device: torch.device) -> None:
     """Score the backbone and the saved run on the tasks; print and keep the table."""
     common = {"backbone": settings.backbone, "tasks": settings.tasks, "device": str(device), "dtype": settings.dtype}
     base = score(EvalSettings(**common, out=str(run / "eval-base")))
-    full = {"backbone": str(run)} if settings.scope == "full" else {"adapter": str(run)}
-    adapted = score(EvalSettings(**(common | full), out=str(run / "eval-adapted")))
+    trained = {"backbone": str(run)} if settings.scope == "full" else {}
+    trained |= {"adapter": str(run)} if settings.talan or settings.adapter != "none" else {}
+    adapted = score(EvalSettings(**(common | trained), out=str(run / "eval-adapted")))
     print(compare_table(base, adapted))
 
 
@@ -644,7 +643,9 @@ def main(explicit: dict[str, Any]) -> None:
     make_run(run, settings)
     print(f"run folder: {run}")
     model.checkpointing = settings.checkpointing
-    if not train(settings, run, model, rows, dev, device):
+    with contextlib.closing(Interrupt()) as interrupt:
+        finished = train(settings, run, model, rows, dev, device, interrupt)
+    if not finished:
         raise SystemExit(130)
     finish_run(run)
     if settings.tasks != ("none",):

@@ -91,7 +91,7 @@ MUTANTS = [
     Mutant("token across the border labelled", "train.py", "supervised.append(begin <= a < b <= end)", "supervised.append(begin < b <= end)", TRAIN),
     Mutant("every epoch in the same order", "train.py", 'generator(seed, "order", epoch)', 'generator(seed, "order")', TRAIN),
     Mutant("resume replays the first batches", "train.py", "    for _ in range(first):\n        next(plan)\n", "", TRAIN),
-    Mutant("moments lost on resume", "train.py", "optimizer.state[p] = {key: value.to(p.device) for key, value in kept.items()}", "pass", TRAIN),
+    Mutant("moments lost on resume", "train.py", "if name in moved:", "if False:", TRAIN),
     Mutant("dropout follows the global stream", "train.py", '        torch.manual_seed(generator(settings.seed, "dropout", step).initial_seed())', '        torch.rand(1)', TRAIN),
     Mutant("budget without padding", "train.py", "longest * (len(groups[-1]) + 1) > budget", "sum(lengths[i] for i in groups[-1]) + lengths[n] > budget", TRAIN),
     Mutant("side path rate not scaled", "train.py", 'group["lr"] = rate * group["lr_scale"]', 'group["lr"] = rate', TRAIN),

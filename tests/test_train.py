@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from data.settings import given  # noqa: E402
 from model import ModelConfig, Transformer, generator, load_model, load_tokenizer  # noqa: E402
-from talan import group_of  # noqa: E402
+from talan import group_of, load_adapter  # noqa: E402
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
 SHORT = {"tasks": ("none",), "rank": 4, "slots": 2, "width": 8, "step_tokens": 512, "dev_rows": 8, "steps": 4, "device": "cpu", "log_every": 0}
@@ -747,10 +747,21 @@ def test_scope_full_writes_a_hugging_face_folder(tiny, tmp_path):
     assert metrics(again)[1]["loss"] == pytest.approx(metrics(run)[-1]["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("change", [{"adapter": "lora"}, {"talan": True}, {"dtype": "bfloat16"}], ids=str)
-def test_scope_full_of_what_cannot_be_saved_is_refused_before_the_first_step(tiny, tmp_path, change):
+@pytest.mark.parametrize("change", [{"adapter": "lora"}, {"adapter": "dora", "talan": True}], ids=str)
+def test_scope_full_with_an_adapter_saves_both(tiny, tmp_path, change):
+    """The folder is a backbone and, beside it, what was trained with it; scored from the folder alone it is one model."""
+    run = start(tiny, tmp_path / "run", **FULL | change)
+    model = load_model(run)
+    assert not torch.equal(model.head_weight, load_model(tiny.model).head_weight)
+    load_adapter(model, run)
+    state = load_file(run / "train_state.safetensors")
+    assert all(torch.equal(p, state[f"parameter.{name}"]) for name, p in model.named_parameters())
+    assert json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"] == str(run)
+
+
+def test_scope_full_in_bf16_is_refused_before_the_first_step(tiny, tmp_path):
     with pytest.raises(ValueError, match="scope full"):
-        start(tiny, tmp_path / "run", **FULL | change)
+        start(tiny, tmp_path / "run", **FULL | {"dtype": "bfloat16"})
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
