@@ -127,8 +127,9 @@ def config_problems(raw: dict[str, Any]) -> list[str]:
         value = raw.get(name, None if name in POSITIVE_INTS else 1)
         if value is None and name not in POSITIVE_INTS:
             continue  # null: the default
-        if type(value) is not int or not 0 < value <= LIMIT:
-            problems.append(f"{name}: expected an integer from 1 to {LIMIT}, found {value!r}")
+        most = 4096 if name == "num_hidden_layers" else LIMIT
+        if type(value) is not int or not 0 < value <= most:
+            problems.append(f"{name}: expected an integer from 1 to {most}, found {value!r}")
     eps, tied = raw.get("rms_norm_eps", 1e-6), raw.get("tie_word_embeddings", False)
     if type(eps) not in (float, int) or not 0 < eps < 1:
         problems.append(f"rms_norm_eps: expected a number between 0 and 1, found {eps!r}")
@@ -160,20 +161,31 @@ def head_problems(raw: dict[str, Any]) -> list[str]:
 
 def read_rope(raw: dict[str, Any], problems: list[str]) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) from `rope_theta` + `rope_scaling` or from transformers 5's `rope_parameters`; adds to problems."""
-    rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    parts = [raw.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
+    if not all(isinstance(part, dict) for part in parts):
+        problems.append(f"rope_scaling, rope_parameters: expected objects or null, found {parts}")
+        parts = [{}]
+    rope = {key: value for part in parts for key, value in part.items()}
     theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
-    if type(theta) not in (int, float) or not 1 < theta < 1e12 or raw.get("rope_theta", theta) != theta:
+    if not is_positive(theta) or not 1 < theta < 1e12 or raw.get("rope_theta", theta) != theta:
         problems.append(f"rope_theta: expected one number above 1, found {theta!r} and {raw.get('rope_theta')!r}")
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    kind = rope.pop("rope_type", rope.get("type", "default"))
     rope.pop("type", None)
-    fields = RopeScaling.__dataclass_fields__ if kind == "llama3" else {}
+    wanted = set(RopeScaling.__dataclass_fields__) if kind == "llama3" else set()
     if kind not in ("default", "llama3"):
         problems.append(f"rope_type: expected 'default' or 'llama3', found {kind!r}")
-    elif set(rope) != set(fields) or any(type(v) not in (int, float) or v <= 0 for v in rope.values()):
-        problems.append(f"rope parameters of type {kind!r}: expected positive {sorted(fields)}, found {rope}")
+    elif set(rope) != wanted or not all(map(is_positive, rope.values())):
+        problems.append(f"rope_scaling of type {kind!r}: expected positive {sorted(wanted)}, found {rope}")
+    elif kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        problems.append(f"rope_scaling: expected low_freq_factor below high_freq_factor, found {rope}")
     elif kind == "llama3":
         return theta, RopeScaling(**rope)
     return theta, None
+
+
+def is_positive(value: Any) -> bool:
+    """Is this a finite number above 0?"""
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -192,14 +204,14 @@ def read_json(file: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
-    """weight * x / sqrt(mean(x^2) + eps) over the last axis, computed in float32."""
+    """weight * round(x / sqrt(mean(x^2) + eps)) over the last axis: the norm in float32, rounded to x's dtype before the weight."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return self.weight * F.rms_norm(x, (x.shape[-1],), eps=self.eps)
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
@@ -214,9 +226,14 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (B,H,T,Dh): halves (a, b) -> (a cos - b sin, b cos + a sin), in float32."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """Rotary embedding of x (B,H,T,Dh): halves (a, b) -> (a cos - b sin, b cos + a sin), in x's dtype.
+
+    Angles and their cos and sin are float32; they, and each product, are rounded to x's dtype where transformers rounds, so
+    that bfloat16 logits equal its logits bit for bit.
+    """
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 @dataclass
@@ -345,7 +362,7 @@ class Cache:
 
 
 class Transformer(nn.Module):
-    """tokens (B,T) -> hidden (B,T,D) -> logits (B,T,V)."""
+    """tokens (B,T) -> hidden (B,T,D) -> logits (B,T,V). Its weights are for `load_model` or `init_weights` to fill."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -353,7 +370,8 @@ class Transformer(nn.Module):
         self.checkpointing = False  # recompute each block in backward
         self.source, self.folder, self.fingerprint = "", None, None  # where load_model found it, and which backbone it is
         self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        table = torch.zeros(config.vocab_size, config.hidden_size)  # on the meta device a random start imports half of torch
+        self.model.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.model.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
@@ -625,7 +643,10 @@ def compile_template(source: str) -> jinja2.Template:
                                                        extensions=[GenerationTag, jinja2.ext.loopcontrols])
     env.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     env.globals.update(raise_exception=raise_exception, strftime_now=TODAY.strftime)
-    return env.from_string(source)
+    try:
+        return env.from_string(source)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template does not parse: {error}") from None
 
 
 @dataclass
@@ -650,7 +671,7 @@ class Tokenizer:
         try:
             return self.template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, tools=None,
                                         documents=None, enable_thinking=False, date_string=TODAY.strftime("%d %b %Y"), **self.specials)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # the template is a program: whatever it raises, it refuses these messages
             raise ValueError(f"the chat template refuses these messages: {error}") from None
 
 
@@ -686,11 +707,18 @@ def check_vocabulary(core: tokenizers.Tokenizer, settings: dict[str, Any], folde
 
 def stop_ids(core: tokenizers.Tokenizer, specials: dict[str, str], folder: Path) -> tuple[int, ...]:
     """Union of the end-of-sequence ids in generation_config.json, tokenizer_config.json and config.json."""
-    ids = {core.token_to_id(specials["eos_token"])} if "eos_token" in specials else set()
+    ids, wrong = [core.token_to_id(specials["eos_token"])] if "eos_token" in specials else [], []
+    if ids == [None]:
+        wrong.append(f"tokenizer_config.json: eos_token {specials['eos_token']!r} is not in tokenizer.json")
     for name in ("generation_config.json", "config.json"):
         value = read_json(folder / name).get("eos_token_id") if (folder / name).exists() else None
-        ids |= set(value if isinstance(value, list) else [value])
-    return tuple(sorted(ids - {None}))
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if any(type(i) is not int or i < 0 for i in values):
+            wrong.append(f"{name}: eos_token_id: expected a token id or a list of them, found {value!r}")
+        ids += values
+    if wrong:
+        raise ValueError(f"{folder}: unusable stop tokens:\n  " + "\n  ".join(wrong))
+    return tuple(sorted(set(ids)))
 
 
 def template_source(settings: dict[str, Any], folder: Path) -> str:
@@ -698,7 +726,11 @@ def template_source(settings: dict[str, Any], folder: Path) -> str:
     if (folder / "chat_template.jinja").exists():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     template = settings.get("chat_template") or PLAIN_TEMPLATE
-    return template if isinstance(template, str) else {t["name"]: t["template"] for t in template}["default"]
+    if isinstance(template, list):
+        template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None)
+    if not isinstance(template, str):
+        raise ValueError(f"{folder}: chat_template: expected text, or a list with one named 'default', found {settings['chat_template']!r}")
+    return template
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -735,7 +767,7 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_token
     """
     check_generate(model, prompts, max_new_tokens, temperature, top_p, batch_rows)
     device, stop = model.head_weight.device, set(eos_ids)
-    draws = torch.rand(len(prompts), max_new_tokens, dtype=torch.float64, generator=generator(seed, "generate"))
+    draws = [torch.rand(max_new_tokens, dtype=torch.float64, generator=generator(seed, i)) for i in range(len(prompts))]
     out: list[list[int]] = [[] for _ in prompts]
     queue = sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if max_new_tokens else []  # the longest first, from the end
     rows: list[int | None] = [None] * min(batch_rows, len(queue))  # which prompt each row works on
@@ -748,7 +780,7 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_token
     def take(hidden: Tensor, which: Sequence[int]) -> None:
         """Choose the next token of these rows from their last hidden states (n,D); retire rows that are done."""
         ids = [rows[b] for b in which]
-        u = torch.stack([draws[i, len(out[i])] for i in ids])
+        u = torch.stack([draws[i][len(out[i])] for i in ids])
         chosen = choose(model.logits(hidden).float(), temperature, top_p, u).tolist()
         for b, i, token in zip(which, ids, chosen):
             out[i].append(token)

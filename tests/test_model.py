@@ -576,6 +576,12 @@ def test_only_a_bare_model_from_a_folder_is_saved(tiny_checkpoint, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_backbone_only_saves_the_weights_under_the_adapter(tiny_checkpoint, tmp_path):
+    save_model(perturbed(tiny_checkpoint()), tmp_path / "saved", backbone_only=True)
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_checkpoint(), tmp_path / "saved"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Config
 # ---------------------------------------------------------------------------------------------------------------------

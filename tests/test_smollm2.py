@@ -86,17 +86,10 @@ def test_float32_logits_equal_transformers_on_ten_chats(ours, truth, tokenizer):
     assert torch.equal(mine.argmax(-1), truth.argmax(-1))
 
 
-def test_bfloat16_arg_maxima_equal_transformers_on_ten_chats(truth, tokenizer):
-    """bfloat16 logits near 25 are multiples of 0.125 and often tie, so two right implementations differ where the float32 lead is small:
-    transformers' own sdpa and eager attention choose alike on 97 % of these positions. Where the lead is clear, all must agree."""
-    mine, other = logits(load_model(FOLDER), tokenizer), logits(reference(torch.bfloat16), tokenizer)
-    best = truth.topk(2)
-    clear = best.values[:, 0] - best.values[:, 1] > 0.5
-    assert clear.sum() > 300
-    assert (mine.argmax(-1) == other.argmax(-1))[clear].float().mean() >= 0.99
-    assert (mine.argmax(-1) == best.indices[:, 0])[clear].float().mean() >= 0.99
-    assert (mine.argmax(-1) == best.indices[:, 0]).float().mean() >= (other.argmax(-1) == best.indices[:, 0]).float().mean() - 0.01
-    assert (mine - truth).abs().mean() <= 1.2 * (other - truth).abs().mean()
+def test_bfloat16_arg_maxima_equal_transformers_on_ten_chats(tokenizer):
+    """The same operations rounded in the same places: measured bit-equal on one machine, asked for at 99 % of the positions."""
+    mine, other = logits(load_model(FOLDER, dtype=torch.bfloat16), tokenizer), logits(reference(torch.bfloat16), tokenizer)
+    assert (mine.argmax(-1) == other.argmax(-1)).float().mean() >= 0.99
 
 
 def test_the_capital_of_france_is_paris(ours, tokenizer):
