@@ -50,7 +50,7 @@ class Settings:
     micro_tokens: int = setting(0, "tokens of one micro-batch, padding included; 0: the whole step at once")
     max_tokens: int = setting(1024, "longer rows are dropped and counted, or cut with --truncate")
     truncate: bool = setting(False, "cut rows longer than --max-tokens instead of dropping them")
-    lr: float = setting(3e-3, "peak learning rate")
+    lr: float = setting(1e-3, "peak learning rate")
     min_lr: float = setting(0.1, "share of the peak that the cosine ends at")
     warmup: float = setting(0.05, "share of the steps with a linearly rising rate")
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")
