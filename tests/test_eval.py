@@ -126,7 +126,9 @@ BAD = {
     "messages_are_text": b'{"messages": ["a"], "answer": "b"}', "messages_are_a_number": b'{"messages": 7, "answer": "b"}',
     "messages_are_null": b'{"messages": null, "answer": "b"}', "no_messages": b'{"messages": [], "answer": "b"}',
     "no_role": b'{"messages": [{"content": "a"}], "answer": "b"}', "no_content": b'{"messages": [{"role": "user"}], "answer": "b"}',
-    "endless_integer": b'{"prompt": ' + b"1" * 5000 + b"}", "too_deep": b"[" * 100_000, "half_a_character": b'{"prompt": "\\ud800", "answer": "b"}',
+    "endless_integer": b'{"prompt": ' + b"1" * 5000 + b"}", "too_deep": b"[" * 100_000,
+    "half_a_character": b'{"prompt": "\\ud800", "answer": "b"}', "half_a_character_in_the_answer": b'{"prompt": "a", "answer": "\\ud800"}',
+    "half_a_character_in_the_id": b'{"prompt": "a", "answer": "b", "id": "\\ud800"}',
 }
 
 
@@ -216,12 +218,15 @@ def test_trap_15_the_number_of_rows_at_once_changes_no_answer(lab, tmp_path):
         assert read(tmp_path / str(rows) / "records.jsonl") == read(lab.run / "eval-adapted/records.jsonl")
 
 
-def test_scope_full_is_scored_as_a_backbone(lab, tmp_path):
+@pytest.mark.parametrize("beside", [{"adapter": "none", "talan": False}, {"adapter": "lora", "rank": 4, "talan": True}], ids=["bare", "with_adapter"])
+def test_scope_full_is_scored_as_a_backbone(lab, tmp_path, beside):
     run = tmp_path / "run"
     train.main({"backbone": lab.model, "data": (str(lab.folder / "rows.jsonl"),), "out": str(run), "tasks": lab.tasks[:1], "device": "cpu",
-                "scope": "full", "adapter": "none", "talan": False, "dtype": "float32", "steps": 1, "dev_rows": 8, "log_every": 0})
+                "scope": "full", "dtype": "float32", "steps": 30, "step_tokens": 512, "lr": 0.01, "dev_rows": 8, "log_every": 0, **beside})
     adapted = json.loads((run / "eval-adapted/results.json").read_text())
-    assert adapted["backbone"] == str(run) and adapted["tasks"] == score(backbone=str(run), tasks=lab.tasks[:1], out=str(tmp_path / "again"))
+    assert adapted["backbone"] == str(run) and adapted["tasks"]["sevens"]["score"] == pytest.approx(100 * 6 / 9)
+    flag = {"adapter": str(run)} if beside["talan"] else {"backbone": str(run)}
+    assert adapted["tasks"] == score(tasks=lab.tasks[:1], out=str(tmp_path / "again"), **flag)
 
 
 # ---------------------------------------------------------------- rescoring

@@ -151,6 +151,8 @@ def test_adapter_names_shapes_and_starts(model, kind, targets):
             torch.testing.assert_close(found[f"{place(layer, key)}.lora_magnitude_vector"].data, weight.norm(dim=1), rtol=1e-6, atol=0)
     assert {name: tuple(p.shape) for name, p in found.items()} == want
     assert all(p.dtype == torch.float32 for p in found.values())
+    drawn = [p.flatten()[:20].sign().tolist() for n, p in found.items() if n.endswith("lora_A")]
+    assert all(a != b for a, b in itertools.combinations(drawn, 2))  # no two share a stream: its signs are those of the draws
 
 
 @every
@@ -176,8 +178,8 @@ def test_side_path_names_shapes_and_starts(model, mixer, writeback):
             z = p.detach() * math.sqrt(p.shape[1])
             assert abs(z.mean()) < 0.1 and z.std() == pytest.approx(1, abs=0.07), name
             assert (z.abs() < 2).float().mean() == pytest.approx(0.954, abs=0.03), name
-    drawn = [p.flatten()[:20].tolist() for n, p in found.items() if p.dim() == 2 and p.any()]
-    assert all(a != b for a, b in itertools.combinations(drawn, 2))  # no two tensors share a stream
+    drawn = [p.flatten()[:20].sign().tolist() for n, p in found.items() if p.dim() == 2 and p.any()]
+    assert all(a != b for a, b in itertools.combinations(drawn, 2))  # no two share a stream
 
 
 def wanted_names(scope, names):
