@@ -534,11 +534,12 @@ def train(settings: Settings, run: Path, model: Transformer, rows: list[Row], de
     metrics = Metrics(run, first or -1)
     lengths = [len(row.ids) for row in rows]
     steps = settings.steps or max(1, round(settings.epochs * len(plan_epoch(lengths, settings.step_tokens, 0, settings.seed, 0))))
+    budget = settings.micro_tokens or settings.step_tokens
     forward = torch.compile(model, dynamic=True) if settings.compile else model
     trainable = [p for p in model.parameters() if p.requires_grad]
     if first == 0:
         metrics.write(kind="run", step=0, **header(asdict(settings), device), steps=steps, trainable=sum(p.numel() for p in trainable))
-        metrics.write(kind="dev", step=0, loss=mean_loss(model, dev, settings.step_tokens, device))
+        metrics.write(kind="dev", step=0, loss=mean_loss(model, dev, budget, device))
     plan = plan_steps(lengths, settings)
     for _ in range(first):
         next(plan)
@@ -570,7 +571,7 @@ def train(settings: Settings, run: Path, model: Transformer, rows: list[Row], de
         if settings.log_every and (step % settings.log_every == 0 or last):
             tqdm.write(f"step {step}/{steps}  loss {total.item() / count:.4f}  lr {rate:.2e}  norm {norm:.3f}  {tokens / seconds:,.0f} tokens/s")
         if step == steps or settings.eval_every and step % settings.eval_every == 0:
-            metrics.write(kind="dev", step=step, loss=(dev_loss := mean_loss(model, dev, settings.step_tokens, device)))
+            metrics.write(kind="dev", step=step, loss=(dev_loss := mean_loss(model, dev, budget, device)))
             tqdm.write(f"step {step}/{steps}  held-out loss {dev_loss:.4f}")
         if last or settings.save_every and step % settings.save_every == 0:
             save_checkpoint(run, step, model, optimizer)
