@@ -230,7 +230,7 @@ def scale_grad(x: Tensor, g: float) -> Tensor:
 
 
 class SidePath(nn.Module):
-    """h (B,T,D) -> h' = h + scale_grad(delta, grad_scale), in float32, returned in h's dtype (DESIGN: README, "The side path").
+    """h (B,T,D) -> h' = h + scale_grad(delta, grad_scale), in float32, returned in h's dtype (README, "The side path").
 
     compress:   x = rms(h)   k = rms(w_key x)   v = w_value x   e_m = k . rms(slots_m) / sqrt(r)
                 z_tm = sum_{u<=t} exp(e_um) v_u / sum_{u<=t} exp(e_um)
@@ -396,6 +396,8 @@ def check_attach(model: Transformer, adapter: AdapterConfig, talan: TalanConfig 
     needs = {"joint": adapter.kind != "none" or talan, "adapter": adapter.kind != "none", "talan": talan, "writeback": talan}
     if not needs.get(scope, True):
         problems.append(f"scope {scope!r} with adapter {adapter.kind!r} and {'a' if talan else 'no'} side path: its part to train is absent")
+    if scope == "talan" and talan and talan.grad_scale == 0:
+        problems.append("scope 'talan' with grad_scale 0: nothing would learn")
     for name, parent, key in adapted(model, adapter):
         if adapter.rank > min(getattr(parent, key).weight.shape):
             problems.append(f"rank {adapter.rank} is larger than {name} {tuple(getattr(parent, key).weight.shape)}")

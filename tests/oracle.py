@@ -1,7 +1,7 @@
-"""The slow, plain truth: float64 numpy, written from shared/DESIGN.md's equations alone.
+"""The slow, plain truth: float64 numpy, written from the equations in the README ("The side path") alone.
 
 No torch, no cumulative sums, no batched products: one loop for each index of the equation.
-Every weight is an array named as in DESIGN section 6; `w` is a dict {name: array}.
+Every weight is an array named as in SidePath; `w` is a dict {name: array}.
 """
 import numpy as np
 
@@ -173,13 +173,13 @@ def merged_rows(weight, a, b, s):
 
 
 def dora_gain(weight, a, b, magnitude, s):
-    """g_o = m_o / ||W + s B A||_o ;  a row whose norm is 0 has g_o = 1 (FACTS 8)"""
+    """g_o = m_o / ||W + s B A||_o ;  a row whose norm is 0 has g_o = 1 (trap 8)"""
     rows = merged_rows(weight, a, b, s)
     return np.array([1.0 if norm(rows[o]) == 0.0 else magnitude[o] / norm(rows[o]) for o in range(len(rows))])
 
 
 def dora_linear(weight, a, b, magnitude, x, alpha, rank, mask=None, gain=None):
-    """y = W x + (g - 1) W d(x) + g s B A d(x)   (FACTS 9; without dropout: g (W x + s B A x)),  s = alpha / rank
+    """y = W x + (g - 1) W d(x) + g s B A d(x)   (trap 9; without dropout: g (W x + s B A x)),  s = alpha / rank
 
     `gain` fixes g, for the derivative: the norm is detached from the graph."""
     s = alpha / rank

@@ -1,4 +1,4 @@
-"""Which tokens carry a label: hand-written tables for ChatML, Qwen3, Llama 3 and the plain format (FACTS, traps 2 to 6).
+"""Which tokens carry a label: hand-written tables for ChatML, Qwen3, Llama 3 and the plain format (TRAPS.md, 2 to 6).
 
 A table is one line of tokens; a supervised one stands in [ ]. A newline is written as ⏎, a space as ␣, and a byte of a
 character that was split as the byte-level alphabet writes it. The tokenizers are built here from explicit merges, so each

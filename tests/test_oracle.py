@@ -154,7 +154,7 @@ def test_any_split_equals_one_pass(mixer, writeback, monkeypatch, double):
 
 @every
 def test_memory_and_state_do_not_see_pads(mixer, writeback, monkeypatch, double):
-    """FACTS 12: rows of unequal length, prefilled together, each go on from their own last token."""
+    """trap 12: rows of unequal length, prefilled together, each go on from their own last token."""
     monkeypatch.setattr(talan, "CHUNK", 4)
     path, lengths, more = perturbed(mixer, writeback), torch.tensor([7, 1, 4, 0]), torch.tensor([2, 3, 0, 3])
     h, tail = randn(4, 7, D), randn(4, 3, D, seed=2)
@@ -281,7 +281,7 @@ def scaled(x, g):
 
 
 def composed(model, tokens, side):
-    """The model's forward pass written out, with side(layer, site, h) called where DESIGN section 3 says."""
+    """The model's forward pass written out, with side(layer, site, h) called at its site."""
     ctx = model.context(tokens, None, None)
     h = model.model.embed_tokens(tokens)
     for layer, block in enumerate(model.model.layers):

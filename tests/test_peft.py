@@ -121,7 +121,7 @@ def test_we_load_pefts_folder(tiny_checkpoint, family, kind, targets, tmp_path):
 
 @pytest.mark.parametrize("kind, s", [("lora", 7 / 4), ("rslora", 7 / 2), ("dora", 7 / 4)])
 def test_effective_scale_after_reload(tiny_checkpoint, kind, s, tmp_path):
-    """FACTS 14: rsLoRA or alpha lost on export."""
+    """trap 14: rsLoRA or alpha lost on export."""
     folder = tiny_checkpoint("qwen3")
     save_adapter(trained(folder, kind), tmp_path / "ours")
     theirs = peft_model(folder, kind, list(talan.TARGETS))
@@ -197,7 +197,7 @@ def mask_by_shape(x, p=0.5, training=True, inplace=False):
 
 @pairs
 def test_dropout_as_in_peft(tiny_checkpoint, family, kind, tmp_path, monkeypatch):
-    """FACTS 9: with dropout d, DoRA is W x + (g-1) W d(x) + g s B A d(x), forward and backward."""
+    """trap 9: with dropout d, DoRA is W x + (g-1) W d(x) + g s B A d(x), forward and backward."""
     folder = tiny_checkpoint(family)
     theirs = peft_model(folder, kind, list(talan.TARGETS), dropout=0.3)
     theirs.save_pretrained(tmp_path)
@@ -285,7 +285,7 @@ def test_all_unsupported_settings_are_listed(tiny_checkpoint, tmp_path):
 
 
 def test_adapter_on_a_tied_embedding_or_lm_head_is_refused(tiny_checkpoint, tmp_path):
-    """FACTS 11: merging into a tied matrix would change the embedding and the output at once."""
+    """trap 11: merging into a tied matrix would change the embedding and the output at once."""
     folder = tiny_checkpoint("qwen3", tie_word_embeddings=True)
     for target in ("lm_head", "embed_tokens"):
         with warnings.catch_warnings():
@@ -308,7 +308,7 @@ def test_an_adapter_for_some_layers_only_is_refused(tiny_checkpoint, tmp_path):
 
 
 def test_an_extra_tensor_that_peft_would_drop_is_refused(tiny_checkpoint, tmp_path):
-    """FACTS 14: PEFT loads with strict=False."""
+    """trap 14: PEFT loads with strict=False."""
     folder = tiny_checkpoint("llama")
     peft_model(folder, "lora", ["q_proj"]).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"

@@ -183,7 +183,7 @@ def test_side_path_names_shapes_and_starts(model, mixer, writeback):
 
 
 def wanted_names(scope, names):
-    """DESIGN section 3, the trainability scope, as a table of names."""
+    """The trainability scope, as a table of names."""
     adapter, path = {n for n in names if ".lora_" in n}, {n for n in names if ".side_path." in n}
     written = {n for n in path if n.rsplit(".", 1)[1] in ("w_out", "w_gate", "b_gate")}
     return {"joint": adapter | path, "adapter": adapter, "talan": path, "writeback": adapter | written, "full": set(names)}[scope]
@@ -251,7 +251,7 @@ def test_identity_at_start_bit_for_bit(folder, mixer, writeback, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_fresh_adapter_is_a_no_op_bit_for_bit(folder, kind, dtype):
-    """FACTS 9: PEFT's DoRA on a bf16 base is 0.33 % off at the start; ours is not."""
+    """trap 9: PEFT's DoRA on a bf16 base is 0.33 % off at the start; ours is not."""
     model = load_model(folder, dtype=dtype)
     before = logits(model)
     attach(model, AdapterConfig(kind, 4, dropout=0.0), side())
@@ -290,7 +290,7 @@ def test_attach_keeps_the_mode_and_dropout_acts_in_training_only(model):
 
 
 def test_bf16_backbone_keeps_float32_masters_that_move(folder, tmp_path):
-    """FACTS 10: a bf16 adapter weight of 0.05 does not move at lr 1e-4."""
+    """trap 10: a bf16 adapter weight of 0.05 does not move at lr 1e-4."""
     model = load_model(folder, dtype=torch.bfloat16)
     trainable = attach(model, AdapterConfig("dora", 4), side())
     stir(model)
@@ -342,13 +342,18 @@ def test_scope_whose_part_is_absent_is_refused(model, scope, adapter, talan_conf
     assert same(before, snapshot(model))
 
 
+def test_side_path_alone_without_gradient_is_refused(model):
+    with pytest.raises(ValueError, match="nothing would learn"):
+        attach(model, None, TalanConfig(grad_scale=0.0), "talan")
+
+
 def test_full_scope_trains_a_bare_backbone(model):
     assert len(attach(model, None, None, "full")) == len(list(model.parameters()))
 
 
 @every
 def test_cached_steps_equal_one_pass_with_ragged_rows(model, mixer, writeback):
-    """FACTS 12, through the model: prefill rows of unequal length, then one token a row, against each row alone."""
+    """trap 12, through the model: prefill rows of unequal length, then one token a row, against each row alone."""
     attach(model, LORA, side(mixer, writeback, layers=(0, 1)))
     stir(model)
     lengths, cache = torch.tensor([5, 2]), Cache(model.config, 2, 16)
@@ -459,7 +464,7 @@ def test_round_trip_is_bit_equal(model, kind, config, tmp_path):
     assert [id(p) for p in trainable] == [id(p) for p in again.parameters() if p.requires_grad]
     assert torch.equal(logits(model), logits(again)) and not torch.equal(logits(model), logits(load_model(model.folder)))
     if kind != "none":
-        assert again.adapter_config == adapter  # alpha, dropout, targets and so the scale (FACTS 14)
+        assert again.adapter_config == adapter  # alpha, dropout, targets and so the scale (trap 14)
         scales = {m.scale for m in again.modules() if isinstance(m, AdapterLinear)}
         assert scales == {7.0 / (2 if kind == "rslora" else 4)}
     if config:
@@ -484,7 +489,7 @@ def test_load_with_a_scope(model, scope, tmp_path):
 
 
 def test_side_path_lives_in_its_own_file(model, tmp_path):
-    """FACTS 14: PEFT loads with strict=False, so an extra tensor in its file would vanish without a word."""
+    """trap 14: PEFT loads with strict=False, so an extra tensor in its file would vanish without a word."""
     attach(model, AdapterConfig("dora", 4, targets=("o_proj",)), SIDE)
     save_adapter(model, tmp_path / "a")
     want = {f"base_model.model.model.layers.{n}.self_attn.o_proj.{part}" for n in range(3)
@@ -669,7 +674,7 @@ def test_merge_agrees_and_keeps_the_side_path(model, kind, config):
 
 
 def test_merge_is_computed_in_float32_and_cast_once(folder):
-    """FACTS 11."""
+    """trap 11."""
     model = load_model(folder, dtype=torch.bfloat16)
     attach(model, AdapterConfig("dora", 4))
     stir(model, 0.02)
@@ -747,7 +752,7 @@ def test_cli_merge_says_what_is_wrong_in_a_sentence(model, folder, tmp_path, mon
 
 # ------------------------------------------------------------------------------------------ DoRA
 def test_dora_zero_rows_of_w_stay_finite(folder, tmp_path):
-    """FACTS 8, peft#2049: 511 rows of Llama-3.1-8B's o_proj are zero, and m / ||W|| is 0/0 there."""
+    """trap 8, peft#2049: 511 rows of Llama-3.1-8B's o_proj are zero, and m / ||W|| is 0/0 there."""
     model = load_model(folder)
     with torch.no_grad():
         for block in model.model.layers:
@@ -776,7 +781,7 @@ def test_dora_zero_rows_of_w_stay_finite(folder, tmp_path):
 
 
 def test_dora_magnitudes_train_are_saved_and_matter(model, folder, tmp_path):
-    """FACTS 8: not trained (torchtune#2250), or not saved."""
+    """trap 8: not trained (torchtune#2250), or not saved."""
     trainable = attach(model, AdapterConfig("dora", 4))
     magnitudes = {n: p for n, p in model.named_parameters() if n.endswith("lora_magnitude_vector")}
     assert len(magnitudes) == 21 and all(any(p is t for t in trainable) for p in magnitudes.values())

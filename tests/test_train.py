@@ -1,4 +1,4 @@
-"""train.py: rows, steps, loss, resuming, the command line. Traps are those of FACTS, by their numbers.
+"""train.py: rows, steps, loss, resuming, the command line. Traps are those of TRAPS.md, by their numbers.
 
 All runs are a few steps of a random two-layer backbone with the embedded tokenizer and rows, mostly within this process.
 """
