@@ -28,6 +28,8 @@ def parse_object(line: bytes, where: str) -> dict[str, Any]:
     """One JSON object in UTF-8. Raises ValueError that begins with `where`."""
     try:
         row = json.loads(line.decode("utf-8"))
+        if b"\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode("utf-8")  # an escape may be half of a surrogate pair, which is no character
     except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, an integer of thousands of digits, endless nesting
         raise ValueError(f"{where}: expected one JSON object in UTF-8: {error}") from None
     if not isinstance(row, dict):
@@ -36,12 +38,9 @@ def parse_object(line: bytes, where: str) -> dict[str, Any]:
 
 
 def check_messages(messages: Any, where: str) -> list[Message]:
-    """The messages, when they are a list of {role, content} in encodable text. Raises ValueError that begins with `where`."""
+    """The messages, when they are a list of {role, content} in text. Raises ValueError that begins with `where`."""
     fits = isinstance(messages, list) and messages and all(
         isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in messages)
     if not fits:
         raise ValueError(f"{where}: expected messages of {{role, content}} with a role of {', '.join(ROLES)} and text, found {str(messages)[:200]}")
-    for message in messages:
-        if any("\ud800" <= c <= "\udfff" for c in message["content"]):
-            raise ValueError(f"{where}: expected text, found half of a surrogate pair, which no encoding can hold")
     return messages

@@ -277,6 +277,12 @@ def test_a_template_that_changes_letters_is_followed(tmp_path):
     assert mark(tokenizer, encode_row(tokenizer, chat("a:yo"))) == "<|im_start|> assistant ⏎ [Y] [O] [<|im_end|>] ⏎"
 
 
+def test_trap_6_a_tag_that_the_template_opens_by_itself_has_no_label(tmp_path):
+    template = CHATML.replace("m['content']", "('<think>\\n' if m['role'] == 'assistant' else '') + m['content']")
+    tokenizer = build(tmp_path, ("<|im_start|>", "<|im_end|>"), template, ("<think>",), eos_token="<|im_end|>")
+    assert mark(tokenizer, encode_row(tokenizer, chat("a:yo"))) == "<|im_start|> assistant ⏎ <think> ⏎ [yo] [<|im_end|>] ⏎"
+
+
 @pytest.mark.parametrize("end", ["''", "'!<|im_end|>'", "'<|im_start|>'"])
 def test_trap_2_a_turn_without_a_stop_token_raises(tmp_path, end):
     tokenizer = build(tmp_path, ("<|im_start|>", "<|im_end|>"), CHATML.replace("'<|im_end|>'", end), eos_token="<|im_end|>")
