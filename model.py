@@ -21,7 +21,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -354,7 +354,7 @@ class Cache:
                 mine[index] = theirs
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop every other row."""
+        """Drop every other row; a row named more than once is copied."""
         index = torch.tensor(rows, device=self.keys[0].device)
         self.keys, self.values = [k[index] for k in self.keys], [v[index] for v in self.values]
         self.lengths = self.lengths[torch.tensor(rows)]
@@ -759,11 +759,13 @@ def choose(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> Tenso
 
 @torch.no_grad()
 def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0,
-             seed: int = 0, eos_ids: Iterable[int] = (), batch_rows: int = 16) -> list[list[int]]:
-    """Continue each prompt until an id of eos_ids (kept as the last id) or max_new_tokens; results in the prompts' order.
+             seed: int = 0, eos_ids: Iterable[int] = (), batch_rows: int = 16, prefill_tokens: int = 8192,
+             ended: Callable[[list[int]], bool] | None = None) -> list[list[int]]:
+    """Continue each prompt until an id of eos_ids (kept as the last id), `ended(ids so far)` or max_new_tokens; in the prompts' order.
 
-    `batch_rows` rows run at once and a finished row takes the next prompt. Prompt i's n-th draw depends on (seed, i, n)
-    only, so the batch does not change what is sampled. Raises ValueError on bad prompts or settings.
+    `batch_rows` rows run at once and a finished row takes the next prompt; prompts are read up to `prefill_tokens` at a time,
+    padding included. Prompt i's n-th draw depends on (seed, i, n) only, so the batch does not change what is sampled.
+    Raises ValueError on bad prompts or settings.
     """
     check_generate(model, prompts, max_new_tokens, temperature, top_p, batch_rows)
     device, stop = model.head_weight.device, set(eos_ids)
@@ -785,14 +787,14 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_token
         for b, i, token in zip(which, ids, chosen):
             out[i].append(token)
             last[b] = token
-            if token in stop or len(out[i]) == max_new_tokens:
+            if token in stop or len(out[i]) == max_new_tokens or (ended is not None and ended(out[i])):
                 rows[b] = None
                 bar.update()
         bar.set_postfix(tokens=sum(map(len, out)), refresh=False)
 
     while queue or any(i is not None for i in rows):
         while queue and None in rows:  # prefill free rows; one that ends at its first token is free again
-            free = [b for b, i in enumerate(rows) if i is None][:len(queue)]
+            free = [b for b, i in enumerate(rows) if i is None][:min(len(queue), max(1, prefill_tokens // len(prompts[queue[-1]])))]
             for b in free:
                 rows[b] = queue.pop()
             tokens, lengths = pad_rows([prompts[rows[b]] for b in free], device)

@@ -3,6 +3,7 @@
 The runs are a few steps of a random one-layer backbone that learns a single answer, so that base and adapted scores differ.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
+from data.tiny.tasks import TASKS as EMBEDDED  # noqa: E402
 from model import ModelConfig, Transformer, load_model, load_tokenizer  # noqa: E402
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
@@ -60,6 +62,14 @@ def score(**values):
     return evaluation.score(evaluation.Settings(device="cpu", **values))
 
 
+def rescore(file):
+    return evaluation.rescore(evaluation.Settings(rescore=str(file)))
+
+
+def own(file):
+    return evaluation.own(file.stem, str(file))
+
+
 def python(*args, **options):
     """Run this Python on one thread."""
     return subprocess.run([sys.executable, *args], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
@@ -86,8 +96,10 @@ def test_wilson_bounds_are_1_96_standard_errors_away(right, n):
 
 
 def test_summaries_count_wrong_unparsed_and_truncated_answers():
+    ids = itertools.count()
+
     def record(task, correct, extracted, truncated):
-        return {"task": task, "correct": correct, "extracted": extracted, "truncated": truncated}
+        return {"task": task, "id": str(next(ids)), "verdicts": {"answer": correct}, "extracted": {"answer": extracted}, "truncated": truncated}
 
     records = [record("a", True, "7", False), record("a", False, None, True), record("a", False, "8", True), record("b", True, "1", True)]
     found = evaluation.summarize(records)
@@ -111,7 +123,7 @@ def test_task_names_and_files():
             evaluation.find_tasks(names)
 
 
-@pytest.mark.parametrize("name", evaluation.TASKS)
+@pytest.mark.parametrize("name", EMBEDDED)
 def test_embedded_tasks_load(name):
     items = evaluation.load_items(*evaluation.find_tasks([name]))
     assert len(items) == len({item["id"] for item in items}) > 100
@@ -136,21 +148,21 @@ BAD = {
 def test_bad_items_are_named_by_file_and_line(tmp_path, name):
     (tmp_path / "own.jsonl").write_bytes(GOOD + b"\n\n" + BAD[name] + b"\n" + GOOD)
     with pytest.raises(ValueError, match=r"own\.jsonl:3: "):
-        evaluation.load_items(evaluation.Task("own", tmp_path / "own.jsonl"))
+        evaluation.load_items(own(tmp_path / "own.jsonl"))
 
 
 @pytest.mark.parametrize("text", [GOOD, b"\xef\xbb\xbf" + GOOD + b"\r\n\r\n", b"\n \n" + GOOD + b"\n"])
 def test_item_files_as_they_come(tmp_path, text):
     (tmp_path / "own.jsonl").write_bytes(text)
-    items = evaluation.load_items(evaluation.Task("own", tmp_path / "own.jsonl"))
-    assert [(item["messages"], item["answer"]) for item in items] == [([{"role": "user", "content": "a"}], "b")]
+    items = evaluation.load_items(own(tmp_path / "own.jsonl"))
+    assert [(item["prompt"], item["answer"]) for item in items] == [("a", "b")]
 
 
 def test_files_without_items_are_named(tmp_path):
     (tmp_path / "own.jsonl").write_bytes(b"\n")
     for file in ("own.jsonl", "absent.jsonl"):
         with pytest.raises(ValueError, match=file):
-            evaluation.load_items(evaluation.Task("own", tmp_path / file))
+            evaluation.load_items(own(tmp_path / file))
 
 
 # ---------------------------------------------------------------- scores
@@ -194,12 +206,13 @@ def test_records_hold_what_was_asked_and_answered(lab):
     records, tokenizer = read(lab.run / "eval-adapted/records.jsonl"), load_tokenizer(lab.model)
     assert [(r["task"], r["id"]) for r in records] == [("sevens", f"q{n}") for n in range(9)] + [("chats", str(n)) for n in (1, 2, 3)]
     for record in records[:9]:
-        assert record["messages"] == [{"role": "user", "content": ITEMS[int(record["id"][1:])]["prompt"]}]
-        assert (record["completion"], record["extracted"], record["truncated"]) == ("#### 7", "7", False)
+        asked = [{"role": "user", "content": ITEMS[int(record["id"][1:])]["prompt"]}]
+        assert record["prompt"] == tokenizer.render(asked, add_generation_prompt=True)
+        assert (record["completion"], record["extracted"], record["truncated"]) == ("#### 7", {"answer": "7"}, False)
         assert record["tokens"] == len(tokenizer.encode("#### 7")) + 1  # the stop token is no part of the text
         assert record["correct"] == (record["answer"] == "7")
     results = json.loads((lab.run / "eval-adapted/results.json").read_text())
-    assert results["backbone"] == lab.model and results["settings"]["max_new_tokens"] == 128 and results["versions"]["torch"] == torch.__version__
+    assert results["backbone"] == lab.model and results["settings"]["format"] == "chat" and results["versions"]["torch"] == torch.__version__
 
 
 def test_truncated_and_unparsed_answers_are_counted(lab, tmp_path):
@@ -235,17 +248,18 @@ def test_scope_full_is_scored_as_a_backbone(lab, tmp_path, beside):
 def test_rescoring_needs_no_model_and_finds_a_tampered_verdict(lab, tmp_path, capsys):
     file = lab.run / "eval-adapted/records.jsonl"
     before, want = file.read_bytes(), json.loads((file.parent / "results.json").read_text())["tasks"]
-    assert evaluation.rescore(str(file)) == want
+    want = {task: {k: v for k, v in s.items() if not k.endswith("sha256")} for task, s in want.items()}
+    assert rescore(file) == want
     assert "12 records, 0 verdicts changed" in capsys.readouterr().out and file.read_bytes() == before
     records = read(file)
-    records[0]["correct"] = not records[0]["correct"]  # a verdict
-    records[1]["extracted"] = "8"  # what was read, which the verdict does not rest on
+    records[0]["verdicts"] = {"answer": not records[0]["correct"]}  # a verdict
+    records[1]["extracted"] = {"answer": "8"}  # what was read, which the verdict does not rest on
     write(tmp_path / "records.jsonl", records)
-    assert evaluation.rescore(str(tmp_path / "records.jsonl")) == want
+    assert rescore(tmp_path / "records.jsonl") == want
     assert "1 verdicts changed" in capsys.readouterr().out
     records[2]["completion"] = "#### 8"  # the answer itself
     write(tmp_path / "records.jsonl", records)
-    assert evaluation.rescore(str(tmp_path / "records.jsonl"))["sevens"]["score"] == pytest.approx(100 * 5 / 9)
+    assert rescore(tmp_path / "records.jsonl")["sevens"]["score"] == pytest.approx(100 * 5 / 9)
     assert "2 verdicts changed" in capsys.readouterr().out
 
 
@@ -253,7 +267,7 @@ def test_rescoring_needs_no_model_and_finds_a_tampered_verdict(lab, tmp_path, ca
 def test_unreadable_records_are_refused(tmp_path, text):
     (tmp_path / "records.jsonl").write_text(text)
     with pytest.raises(ValueError, match=r"records\.jsonl"):
-        evaluation.rescore(str(tmp_path / "records.jsonl"))
+        rescore(tmp_path / "records.jsonl")
 
 
 # ---------------------------------------------------------------- the command line
