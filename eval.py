@@ -10,7 +10,7 @@ B rows, T tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data.settings import given, setting
@@ -66,20 +66,37 @@ class Settings:
             raise ValueError("settings: " + "\n  ".join(wrong))
 
 
-COMMANDS = {"score": Settings}
+@dataclass(frozen=True)
+class CompareSettings:
+    """Compare scored runs with scored runs: runs are paired by training seed, items by id."""
+
+    baseline: tuple[str, ...] = setting((), "runs, one a seed: folders with records.jsonl and results.json, or with eval or eval-adapted in them")
+    candidate: tuple[str, ...] = setting((), "runs of the same seeds, scored on the same items with the same settings")
+    out: str = setting("", "folder for comparison.json and comparison.png; empty: comparison in the first candidate's folder")
+    ignore: tuple[str, ...] = setting((), "settings that may differ all the same, by the names that the error lists")
+    resamples: int = setting(10_000, "draws of the bootstrap")
+    seed: int = setting(0, "seeds the bootstrap")
+
+
+COMMANDS = {"score": Settings, "compare": CompareSettings}
 WORD = sys.argv[1] if sys.argv[1:2] and sys.argv[1] in COMMANDS else "score"
 GIVEN = given(COMMANDS[WORD], sys.argv[1 + (sys.argv[1:2] == [WORD]):]) if __name__ == "__main__" else {}  # --help needs no torch
 
+import difflib
 import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data.rows import check_messages, parse_object, read_lines
-from data.task import Task, choose, cut, opened
-from data.tasks import TASKS, own
+import numpy as np
+
+from data.rows import parse_object, read_lines
+from data.task import Task, cut, opened
+from data.tasks import TASKS, Prompt, ask, find_tasks, judge, load_items, load_pool, load_shots, own
 
 if TYPE_CHECKING:  # torch is imported where a model is used: rescoring and comparing need none
     from torch import Tensor
@@ -88,80 +105,6 @@ if TYPE_CHECKING:  # torch is imported where a model is used: rescoring and comp
 
 Record = dict[str, Any]
 CHUNK = 512  # positions whose logits (V) exist at once
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tasks: rows and prompts
-# ---------------------------------------------------------------------------------------------------------------------
-
-def find_tasks(names: Sequence[str]) -> list[Task]:
-    """Tasks by name; a path ending in .jsonl is a task of one's own. Raises ValueError that lists the unknown ones."""
-    unknown = [name for name in names if name not in TASKS and not name.endswith(".jsonl")]
-    if unknown or not names:
-        raise ValueError(f"tasks: expected some of {', '.join(TASKS)} or JSONL files, found {', '.join(unknown) or 'none'}")
-    tasks = [TASKS.get(name) or own(Path(name).stem, str(Path(name).resolve())) for name in names]
-    if len({task.name for task in tasks}) < len(tasks):
-        raise ValueError(f"tasks: each name may come once, found {', '.join(task.name for task in tasks)}")
-    return tasks
-
-
-def load_items(task: Task, limit: int = 0) -> list[Record]:
-    """The rows to score. Raises ValueError with file:line on a row that does not fit the task, or naming what prepares the file."""
-    if not task.path.exists() and task.name in TASKS:
-        raise ValueError(f"{task.path}: not there yet; prepare it with: python data/prepare.py {task.path.parent.name}")
-    items = [parse_item(line, where, task.kind) for where, line in read_lines(task.path)]
-    if not items:
-        raise ValueError(f"{task.path}: no items")
-    return items[:limit or None]
-
-
-def parse_item(line: bytes, where: str, kind: str = "generate") -> Record:
-    """{"prompt" or "messages", "answer", "id" (else the line's number), ...} as data/task.py says. Raises ValueError."""
-    row = parse_object(line, where)
-    check_messages(row["messages"] if "messages" in row else [{"role": "user", "content": row.get("prompt")}], where)
-    if not isinstance(row.get("answer"), str):
-        raise ValueError(f"{where}: expected an answer in text, found {row.get('answer')!r}")
-    choices = row.get("choices")
-    if kind == "choose" and not (isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
-                                 and row["answer"] in tuple("ABCDEFGHIJ"[:len(choices)])):
-        raise ValueError(f"{where}: expected choices in text and the right one's letter, found {str(choices)[:200]} and {row['answer']!r}")
-    if kind == "code" and not all(isinstance(row.get(key), str) for key in ("prompt", "code", "tests")):
-        raise ValueError(f"{where}: expected prompt, code and tests in text, found {sorted(row)}")
-    return {**row, "id": str(row.get("id", where.rpartition(":")[2]))}
-
-
-def load_shots(task: Task, item: Record, pool: Sequence[Record], count: int) -> list[Record]:
-    """The first rows of the pool with the item's subject. Raises ValueError when there are too few."""
-    shots = [row for row in pool if row.get("subject") == item.get("subject")][:count]
-    if len(shots) < count:
-        raise ValueError(f"{task.name}: expected {count} examples for {item['id']}, found {len(shots)}; use --shots {len(shots)}")
-    return shots
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What the model reads, and the replies whose likelihoods are asked for: the choices, or the one reference solution."""
-
-    text: str
-    replies: list[str]
-
-
-def ask(task: Task, item: Record, shots: Sequence[Record], form: str, tokenizer: Tokenizer) -> Prompt:
-    """The prompt of one item in chat or plain form. Raises ValueError on messages in plain form."""
-    if form == "chat":
-        turns = [turn for shot in shots for turn in (("user", task.chat(shot)[0]), ("assistant", shot["completion"]))]
-        user, begin = ("", "") if "messages" in item else task.chat(item)
-        turns += [("user", user)] if "messages" not in item else [(m["role"], m["content"]) for m in item["messages"]]
-        turns[0] = (turns[0][0], task.header(item) + turns[0][1])
-        text = tokenizer.render([{"role": role, "content": content} for role, content in turns], add_generation_prompt=True) + begin
-        replies = item.get("choices") or [item["completion"].removeprefix(begin) for _ in range("completion" in item)]
-        return Prompt(text, replies)
-    if "messages" in item:
-        raise ValueError(f"{task.name}: {item['id']} is a list of messages, which has no plain form; use --format chat")
-    example = lambda row: "".join(task.plain(row)) + task.between + row.get("code", row.get("completion", "")) + task.end  # noqa: E731
-    text = task.header(item) + "\n\n".join([*map(example, shots), "".join(task.plain(item))])
-    replies = item.get("choices") or [item.get("code", item.get("completion")) for _ in range("completion" in item)]
-    return Prompt(text, [task.between + reply for reply in replies])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,17 +184,6 @@ def log_probs(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # Verdicts
 # ---------------------------------------------------------------------------------------------------------------------
-
-def judge(task: Task, record: Record) -> Record:
-    """The record with its verdict under each rule; `correct` is the first. Kind code: `run_tests` does it."""
-    if task.kind == "choose":
-        chosen = {rule: "ABCDEFGHIJ"[choose(record["logprobs"], record["choices"], rule)] for rule in ("acc", "acc_norm")}
-    else:
-        chosen = {name: rule.extract(record["completion"]) for name, rule in task.rules.items()}
-    verdicts = {rule: found is not None and (found == record["answer"] if task.kind == "choose" else task.rules[rule].grade(found, record["answer"]))
-                for rule, found in chosen.items()}
-    return {**record, "extracted": chosen, "verdicts": verdicts, "correct": next(iter(verdicts.values()))}
-
 
 def run_tests(task: Task, records: Sequence[Record], items: Sequence[Record], settings: Settings) -> list[Record]:
     """The same for programs, in the sandbox: base, and, where there are plus tests, plus (both have to pass)."""
@@ -401,13 +333,6 @@ def measure(records: Sequence[Record], seconds: float) -> Record:
     return {"seconds": round(seconds, 2), "tokens_per_second": round(sum(r["tokens"] for r in records) / seconds)}
 
 
-def load_pool(task: Task) -> list[Record]:
-    """Rows to take examples from. Raises ValueError when the task has none."""
-    if not task.shots:
-        raise ValueError(f"{task.name}: there are no rows to take examples from; use --shots 0")
-    return load_items(replace(task, file=task.shots))
-
-
 def write_results(out: Path, records: Sequence[Record], results: Record) -> None:
     """records.jsonl and results.json, each complete or as it was."""
     from model import atomic
@@ -451,7 +376,8 @@ def adapter_sha256(adapter: str) -> str | None:
     return sha256(b"".join(sha256(f.read_bytes()).encode() for f in parts)) if parts else None
 
 
-def run_task(task: Task, items: Sequence[Record], prompts: Sequence[Prompt], model: Transformer, tokenizer: Tokenizer, settings: Settings) -> list[Record]:
+def run_task(task: Task, items: Sequence[Record], prompts: Sequence[Prompt], model: Transformer, tokenizer: Tokenizer,
+             settings: Settings) -> list[Record]:
     """Likelihoods, generation and verdicts of one task: one record an item and sample."""
     begin = tokenizer.core.encode("").ids if settings.format == "plain" else []  # a chat template writes its own BOS
     encode = lambda text: begin + tokenizer.encode(text)  # noqa: E731
@@ -531,9 +457,343 @@ def rejudge(task: Task, rows: Sequence[Record], settings: Settings) -> list[Reco
     return run_tests(task, rows, load_items(task), settings)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing runs: reading and pairing
+# ---------------------------------------------------------------------------------------------------------------------
+
+Key = tuple[str, str, int]  # task, id, sample
+OWN = ("backbone", "adapter", "out", "rescore")  # settings that may differ between runs; the backbone's fingerprint may not
+FOUND = ("dtype", "device", "fingerprint", "commit")  # stand beside the settings; dtype and device are never "auto" there
+
+
+class Cell(NamedTuple):
+    """What is compared of one record: verdicts by rule, the reference solution's log-likelihood (None: not recorded) and length."""
+
+    verdicts: dict[str, bool]
+    logprob: float | None
+    tokens: int
+
+
+class Scored(NamedTuple):
+    """One scored run: its folder, the seed it was trained with, what must be the same in all runs, its cells."""
+
+    folder: str
+    seed: int | None
+    facts: Record
+    cells: dict[Key, Cell]
+
+
+def some(names: Sequence[Any]) -> str:
+    """How many there are, and the first ten."""
+    shown = ["/".join(map(str, name)) if isinstance(name, tuple) else name for name in names[:10]]
+    return f"{len(names)}: " + ", ".join(shown) + ", ..." * (len(names) > 10)
+
+
+def find_scores(run: str) -> tuple[Path, Path]:
+    """(records, results) in RUN, else in RUN/eval or RUN/eval-adapted. Raises ValueError when there are none, or both of the latter."""
+    files = [folder / f"records.jsonl{end}" for folder in (Path(run), Path(run, "eval"), Path(run, "eval-adapted")) for end in ("", ".gz")]
+    found = {file.parent: file for file in reversed(files) if file.is_file() and (file.parent / "results.json").is_file()}
+    if Path(run) not in found and len(found) != 1:
+        raise ValueError(f"{run}: expected records.jsonl or records.jsonl.gz, and results.json, in it, in {run}/eval or in {run}/eval-adapted, "
+                         f"found them in {' and '.join(map(str, found)) or 'none'}")
+    folder = Path(run) if Path(run) in found else next(iter(found))
+    return found[folder], folder / "results.json"
+
+
+def read_cell(line: bytes, where: str) -> tuple[Key, Cell]:
+    """One record; an old one, without "verdicts", has the rule "score". Raises ValueError that names every bad field."""
+    row = {"sample": 0, "reference_logprob": None, "reference_tokens": None, **parse_object(line, where)}
+    verdicts, logprob, tokens = row.get("verdicts", {"score": row.get("correct")}), row["reference_logprob"], row["reference_tokens"]
+    fits = {"task": isinstance(row.get("task"), str), "id": isinstance(row.get("id"), str), "sample": type(row["sample"]) is int,
+            "verdicts" if "verdicts" in row else "correct":
+                isinstance(verdicts, dict) and verdicts and all(isinstance(v, bool) for v in verdicts.values()),
+            "reference_logprob": logprob is None or type(logprob) in (int, float) and abs(logprob) < 1e15,
+            "reference_tokens": logprob is None or type(tokens) is int and tokens >= 0}
+    if bad := [f"{name} {str(row.get(name, 'absent'))[:60]}" for name, fine in fits.items() if not fine]:
+        raise ValueError(f"{where}: expected a record written by eval.py, found {', '.join(bad)}")
+    return (row["task"], row["id"], row["sample"]), Cell(verdicts, logprob, tokens or 0)
+
+
+def read_facts(file: Path) -> tuple[int | None, Record]:
+    """The training seed, and by name what must be the same in all runs: settings, code, backbone, data, prompts. Raises ValueError."""
+    row = {"run_seed": None, **parse_object(file.read_bytes(), str(file))}
+    settings, versions, tasks = (row.get(name) for name in ("settings", "versions", "tasks"))
+    if not (isinstance(settings, dict) and isinstance(versions, dict) and isinstance(tasks, dict) and type(row["run_seed"]) in (int, type(None))
+            and all(isinstance(summary, dict) for summary in tasks.values())):
+        raise ValueError(f"{file}: expected settings, versions, tasks with a summary each, and run_seed, a whole number or null")
+    hashes = {f"{name}.{task}": summary.get(name) for task, summary in tasks.items() for name in ("data_sha256", "prompt_sha256")}
+    facts = {**dict.fromkeys(FOUND), **{name: value for name, value in settings.items() if name not in OWN}, "torch": versions.get("torch"), **hashes}
+    return row["run_seed"], facts | {name: row[name] for name in FOUND if name in row}
+
+
+def read_scored(run: str) -> Scored:
+    """One scored run. Raises ValueError that lists its bad lines."""
+    records, results = find_scores(run)
+    cells: dict[Key, Cell] = {}
+    problems = []
+    for where, line in read_lines(records):
+        try:
+            key, cell = read_cell(line, where)
+            if cells.setdefault(key, cell) is not cell:
+                raise ValueError(f"{where}: {'/'.join(map(str, key))} came before")
+        except ValueError as error:
+            problems.append(str(error))
+    if problems or not cells:
+        raise ValueError("\n  ".join([f"{records}: bad records, {len(problems)}:", *problems[:10]]) if problems else f"{records}: no records")
+    return Scored(run, *read_facts(results), cells)
+
+
+def check_seeds(baseline: Sequence[Scored], candidate: Sequence[Scored]) -> list[str]:
+    """The seeds without exactly one run on each side. One run a side may lack its seed: a bare backbone beside what was trained from it."""
+    if len(baseline) == len(candidate) == 1 and None in (baseline[0].seed, candidate[0].seed):
+        return []
+    found = {seed: [[run.folder for run in side if run.seed == seed] for side in (baseline, candidate)]
+             for seed in dict.fromkeys(run.seed for run in (*baseline, *candidate))}
+    return [f"seed {'not recorded' if seed is None else seed}: expected one run a side, found " + " | ".join(", ".join(s) or "none" for s in sides)
+            for seed, sides in found.items() if seed is None or [len(s) for s in sides] != [1, 1]]
+
+
+def check_facts(baseline: Sequence[Scored], candidate: Sequence[Scored], ignore: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(what is wrong, what differs but is in `ignore`): "name: value (its runs) | value (its runs)" of each fact that is not the same in all
+    runs. A name in `ignore` is a fact's, or its part before the dot: data_sha256 stands for that of every task."""
+    names = list(dict.fromkeys(name for run in (*baseline, *candidate) for name in run.facts))
+    known = sorted({spelling for name in names for spelling in (name, name.partition(".")[0])})
+    wrong = [f"--ignore {name}: the nearest name is {difflib.get_close_matches(name, known, 1, 0)[0]}" for name in ignore if name not in known]
+    passed: list[str] = []
+    for name in names:
+        sides: list[dict[str, list[str]]] = [{}, {}]
+        for values, side in zip(sides, (baseline, candidate)):
+            for run in side:
+                values.setdefault(json.dumps(run.facts[name], sort_keys=True) if name in run.facts else "absent", []).append(run.folder)
+        if len(sides[0] | sides[1]) > 1:
+            text = " | ".join(", ".join(f"{value[:80]} ({', '.join(folders)})" for value, folders in values.items()) for values in sides)
+            (passed if name in ignore or name.partition(".")[0] in ignore else wrong).append(f"{name}: {text}")
+    return wrong, passed
+
+
+def check_cells(runs: Sequence[Scored]) -> list[str]:
+    """The items that a run lacks, judges by other rules, or has a reference solution of another length for."""
+    every: dict[Key, int] = {}
+    rules: dict[Key, set[str]] = {}
+    for run in runs:
+        every |= {key: every.get(key) or (cell.logprob is not None) * cell.tokens for key, cell in run.cells.items()}
+    problems = []
+    for run in runs:
+        others = [key for key, cell in run.cells.items() if cell.verdicts.keys() != rules.setdefault(key, set(cell.verdicts))]
+        lengths = [key for key, cell in run.cells.items() if cell.logprob is not None and cell.tokens != every[key]]
+        problems += [f"{run.folder}: {what}, {some(keys)}" for what, keys in (
+            ("lacks items of other runs", sorted(every.keys() - run.cells.keys())), ("verdicts by other rules", others),
+            ("another reference_tokens", lengths)) if keys]
+    return problems
+
+
+def pair_runs(settings: CompareSettings) -> tuple[list[tuple[Scored, Scored]], list[str]]:
+    """(baseline, candidate) of each seed, ascending, and notes on what was let pass. Raises ValueError that lists all that does not match."""
+    problems = [f"{name}: expected at least {least}, found {value}" for name, value, least in (
+        ("baseline runs", len(settings.baseline), 1), ("candidate runs", len(settings.candidate), 1),
+        ("resamples", settings.resamples, 100), ("seed", settings.seed, 0)) if value < least]
+    sides: list[list[Scored]] = [[], []]
+    for side, runs in zip(sides, (settings.baseline, settings.candidate)):
+        for run in runs:
+            try:
+                side.append(read_scored(run))
+            except (ValueError, OSError) as error:
+                problems.append(str(error))
+    if not problems:
+        wrong, passed = check_facts(sides[0], sides[1], settings.ignore)
+        problems = [*check_seeds(sides[0], sides[1]), *wrong, *check_cells(sides[0] + sides[1])]
+    if problems:
+        raise ValueError("\n  ".join(["compare: these runs cannot be compared (--ignore NAMES lets settings differ):", *problems]))
+    facts, notes = sides[0][0].facts, [f"ignored: {text}" for text in passed]
+    if dirty := sorted({str(run.facts["commit"]) for run in sides[0] + sides[1] if str(run.facts["commit"]).endswith("-dirty")}):
+        notes.append(f"warning: scored with uncommitted changes, perhaps not the same ones: {', '.join(dirty)}")
+    if unknown := [name for name in facts if facts[name] is None]:
+        notes.append(f"warning: not recorded, so not compared: {', '.join(unknown)}")
+    return list(zip(*(sorted(side, key=lambda run: run.seed or 0) for side in sides))), notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing runs: statistics
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Grid(NamedTuple):
+    """One task's items, S seeds by N items. Rows: K rules (value: per cent of the samples that are right, size: 1), then the reference
+    solution (value: its log-likelihood, size: its tokens); both 0 where an item has none. A figure is sum of values / sum of sizes."""
+
+    rules: list[str]
+    values: np.ndarray  # (K + 1, 2, S, N): baseline and candidate
+    sizes: np.ndarray  # (K + 1, N)
+    partial: int  # items whose log-likelihood some of the runs lack; they count as without one
+
+
+Part = tuple[Any, Any, Any, Any, Any]  # a row's sums over items: values (2,S), size (), of R resamples gaps (R,), sizes (R,); its n and size
+
+
+def build_grid(pairs: Sequence[tuple[Scored, Scored]], task: str) -> Grid:
+    """The paired cells of one task, items in the order of their ids, the samples of an item together."""
+    keys = sorted(key for key in pairs[0][0].cells if key[0] == task)
+    rules = list(dict.fromkeys(rule for key in keys for rule in pairs[0][0].cells[key].verdicts))
+    place = {name: n for n, name in enumerate(dict.fromkeys(key[1] for key in keys))}
+    values, sizes, partial = np.zeros((len(rules) + 1, 2, len(pairs), len(place))), np.zeros((len(rules) + 1, len(place))), 0
+    for key in keys:
+        n, cells = place[key[1]], [[run.cells[key] for run in side] for side in zip(*pairs)]
+        values[:-1, :, :, n] += [[[cell.verdicts.get(rule, 0) for cell in side] for side in cells] for rule in rules]
+        sizes[:-1, n] += [rule in cells[0][0].verdicts for rule in rules]  # plus tests, say, are not there for every program
+        known = [cell.logprob for side in cells for cell in side if cell.logprob is not None]
+        if len(known) == 2 * len(pairs):
+            values[-1, :, :, n] += np.reshape(known, (2, len(pairs)))
+            sizes[-1, n] += cells[0][0].tokens
+        partial += 0 < len(known) < 2 * len(pairs)
+    values[:-1] *= 100 / np.maximum(sizes[:-1], 1)[:, None, None]
+    sizes[:-1] = sizes[:-1] > 0
+    return Grid(rules, values, sizes, partial)
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Exact two-sided p = min(1, 2 P(X <= min(gained, lost))), X ~ Binomial(gained + lost, 1/2), in whole numbers up to the last division.
+    It takes item-seed pairs as independent. Over several seeds they are not, an item comes once a seed: go by the interval then."""
+    n, fewer = gained + lost, min(gained, lost)
+    chosen = accumulate(range(fewer), lambda c, k: c * (n - k) // (k + 1), initial=1)  # C(n, 0), ..., C(n, fewer)
+    return min(1.0, 2 * sum(chosen) / 2**n)
+
+
+def draw_counts(rng: np.random.Generator, rows: int, n: int) -> np.ndarray:
+    """(rows, n): in each row, how often each of n things comes up in n draws with replacement."""
+    draws = rng.integers(n, size=(rows, n)) + n * np.arange(rows)[:, None]
+    return np.bincount(draws.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
+
+
+def resample(grid: Grid, seeds: np.ndarray, rng: np.random.Generator, cells: int = 1 << 20) -> list[Part]:
+    """Hierarchical bootstrap. seeds (R,S): how often resample r drew seed s; w (R,N): how often it drew item i, for all seeds at once, as
+    items are crossed with seeds: gap_r = sum_s seeds_rs / S sum_i w_ri (candidate_si - baseline_si), size_r = sum_i w_ri size_i.
+    With few seeds the interval is too narrow: the variance between seeds comes out (S - 1) / S of what it is."""
+    rows, _, count, n = grid.values.shape
+    flat, step = (grid.values[:, 1] - grid.values[:, 0]).reshape(rows * count, n), max(1, cells // n)
+    gaps, sizes = [], []
+    for m in (seeds[first:first + step] for first in range(0, len(seeds), step)):
+        w = draw_counts(rng, len(m), n)
+        gaps.append(np.einsum("rks,rs->kr", (w @ flat.T).reshape(len(m), rows, count), m / count))
+        sizes.append(grid.sizes @ w.T)
+    counts = np.stack([(grid.sizes > 0).sum(-1), grid.sizes.sum(-1)], 1)
+    return list(zip(grid.values.sum(-1), grid.sizes.sum(-1), np.concatenate(gaps, 1), np.concatenate(sizes, 1), counts))
+
+
+def estimate(parts: Sequence[Part]) -> Record:
+    """Of parts added together: sum of values / sum of sizes on both sides, the difference, its 95 % percentile interval, how many seeds the
+    candidate wins, n items and their size. Reference solutions: sum_i (log p_candidate(solution_i) - log p_baseline(solution_i)) /
+    sum_i tokens_i, in nats per token; above 0, the candidate finds them likelier."""
+    values, size, gaps, sizes, (n, total) = (sum(column) for column in zip(*parts))
+    by_seed = (values[1] - values[0]) / size
+    ahead = np.sign(np.round(by_seed, 10))
+    interval = np.nanpercentile(gaps / np.where(sizes > 0, sizes, np.nan), [2.5, 97.5])  # a resample may hold no reference solution at all
+    return {"n": int(n), "size": int(total), "baseline": float(values[0].mean() / size), "candidate": float(values[1].mean() / size),
+            "difference": float(by_seed.mean()), "interval95": interval.tolist(), "by_seed": by_seed.tolist(),
+            "seeds_won": int((ahead > 0).sum()), "seeds_tied": int((ahead == 0).sum())}
+
+
+def flips(gaps: np.ndarray) -> Record:
+    """Item-seed pairs that became right and wrong (with several samples: right more often and less often), and McNemar's p."""
+    gained, lost = int((gaps > 0).sum()), int((gaps < 0).sum())
+    return {"gained": gained, "lost": lost, "mcnemar_p": mcnemar(gained, lost)}
+
+
+def statistics(grids: Mapping[str, Grid], settings: CompareSettings) -> Record:
+    """Every rule and the reference solution of each task; pooled, the first rules and the reference solutions, as the mean of tasks, which
+    count alike, and over all items. A resample draws its seeds once for all tasks, and items within each task."""
+    seeds = draw_counts(np.random.default_rng(settings.seed), settings.resamples, next(iter(grids.values())).values.shape[2])
+    parts = {task: resample(grid, seeds, np.random.default_rng([settings.seed, zlib.crc32(task.encode())])) for task, grid in grids.items()}
+    gaps = {task: grid.values[:, 1] - grid.values[:, 0] for task, grid in grids.items()}
+    tasks = {task: {"rules": {rule: estimate([parts[task][k]]) | flips(gaps[task][k]) for k, rule in enumerate(grid.rules)},
+                    "reference": estimate(parts[task][-1:]) if grid.sizes[-1].any() else None} for task, grid in grids.items()}
+    alike = lambda parts: [(values / n, 1, gaps / np.where(sizes > 0, sizes, np.nan), np.ones_like(gaps), counts)
+                           for values, n, gaps, sizes, counts in parts]
+    first, last = [part[0] for part in parts.values()], [part[-1] for part in parts.values() if part[-1][1] > 0]
+    every = flips(np.concatenate([gap[0] for gap in gaps.values()], 1))
+    pooled = {"mean of tasks": {"rules": {"first": estimate(alike(first))}, "reference": estimate(alike(last)) if last else None},
+              "all items": {"rules": {"first": estimate(first) | every}, "reference": estimate(last) if last else None}}
+    return {"tasks": tasks, "pooled": pooled}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing runs: table and picture
+# ---------------------------------------------------------------------------------------------------------------------
+
+def comparison_table(result: Record) -> str:
+    """A line a rule and the pooled lines, then the same for the reference solutions, then the notes."""
+    show = lambda line, digits: [f"{line['baseline']:.{digits}f}", f"{line['candidate']:.{digits}f}", f"{line['difference']:+.{digits}f}",
+                                 "{:+.{d}f} to {:+.{d}f}".format(*line["interval95"], d=digits)]
+    won = lambda line: f"{line['seeds_won']} of {len(result['seeds'])}" + (f" ({line['seeds_tied']} tied)" if line["seeds_tied"] else "")
+    verdicts, references = [], []
+    for name, entry in shown(result).items():
+        for k, (rule, line) in enumerate(entry["rules"].items()):
+            label = f"  {rule}" if k else f"{name} {rule}" if len(entry["rules"]) > 1 else name
+            verdicts.append([label, line["n"], *show(line, 2), *([f"+{line['gained']} -{line['lost']}", f"{line['mcnemar_p']:.3g}"]
+                                                                  if "gained" in line else ["", ""]), won(line)])
+        if line := entry["reference"]:
+            references.append([name, line["n"], *show(line, 5), line["size"], won(line)])
+    columns = ["difference", "95 % interval"]
+    text = table(["task", "n", "baseline %", "candidate %", *columns, "flips", "McNemar p", "seeds won"], verdicts)
+    if references:
+        text += "\n\nlog-likelihood of the reference solution, nats per token\n" + table(
+            ["task", "n", "baseline", "candidate", *columns, "tokens", "seeds won"], references)
+    return "\n".join([text, *result["notes"]])
+
+
+def shown(result: Record) -> Record:
+    """The tasks and, when there are several, their pooled lines."""
+    return result["tasks"] | (result["pooled"] if len(result["tasks"]) > 1 else {})
+
+
+def plot(result: Record, file: Path) -> bool:
+    """A forest plot: each difference with its interval, a grey dot a seed. False without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    entries, tasks = shown(result), len(result["tasks"])
+    panels = {"points": [next(iter(entry["rules"].values())) for entry in entries.values()]}
+    if any(entry["reference"] for entry in entries.values()):
+        panels["nats per token of the reference solution"] = [entry["reference"] for entry in entries.values()]
+    figure = Figure(figsize=(2 + 4 * len(panels), 1.4 + 0.45 * len(entries)), layout="constrained")
+    for axis, (title, lines) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items()):
+        axis.axvline(0, color="0.6", linewidth=1)
+        for y, line in enumerate(lines):
+            if line:
+                axis.plot(line["by_seed"], [y + 0.2] * len(line["by_seed"]), "o", color="0.7", markersize=3)
+                axis.plot(line["interval95"], [y, y], color="C0" if y < tasks else "k", linewidth=2)
+                axis.plot(line["difference"], y, "s", color="C0" if y < tasks else "k", markersize=6)
+        axis.set(xlabel=title, ylim=(len(entries) - 0.5, -0.5))
+        axis.set_yticks(range(len(entries)), [f"{name}\nn = {line['n']}" for name, line in zip(entries, panels["points"])], fontsize=8)
+        axis.locator_params(axis="x", nbins=5)
+    figure.suptitle(f"candidate - baseline, 95 % intervals, seeds: {len(result['seeds'])} (dots)", fontsize=10)
+    figure.savefig(file, dpi=150)
+    return True
+
+
+def compare(settings: CompareSettings) -> Record:
+    """Pair and compare the runs; prints the table, writes comparison.json and comparison.png, returns what the JSON holds. Raises ValueError."""
+    pairs, notes = pair_runs(settings)
+    grids = {task: build_grid(pairs, task) for task in dict.fromkeys(key[0] for key in pairs[0][0].cells)}
+    notes += [f"warning: {task}: a reference log-likelihood is missing in some of the runs for {grid.partial} items, which are left out of it"
+              for task, grid in grids.items() if grid.partial]
+    notes += ["one seed: the intervals hold the variation over items alone, none over seeds"] * (len(pairs) == 1)
+    result = {"settings": asdict(settings), "seeds": [b.seed if c.seed is None else c.seed for b, c in pairs], "notes": notes,
+              "runs": [{"baseline": b.folder, "candidate": c.folder} for b, c in pairs], "facts": pairs[0][0].facts, **statistics(grids, settings)}
+    out = Path(settings.out or Path(settings.candidate[0], "comparison"))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "comparison.json").write_text(json.dumps(result, indent=2) + "\n")
+    (out / "comparison.png").unlink(missing_ok=True)  # of an earlier comparison
+    picture = " and comparison.png" if plot(result, out / "comparison.png") else "; no picture: matplotlib is not installed"
+    print(f"{comparison_table(result)}\nwrote {out / 'comparison.json'}{picture}")
+    return result
+
+
 def main(word: str, explicit: dict[str, Any]) -> None:
     """Run the command. Raises ValueError on bad input."""
     settings = COMMANDS[word](**explicit)
+    if isinstance(settings, CompareSettings):
+        compare(settings)
+        return
     if settings.rescore:
         rescore(settings)
     else:

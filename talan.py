@@ -311,25 +311,33 @@ class SidePath(nn.Module):
 
     def remix(self, z: Tensor, x: Tensor) -> Tensor:
         """Memory z (B,C,M,r) and tokens x (B,C,D) -> y (B,C,r)."""
+        return (self.attend(z, x)[..., None] * self.mix(z)).sum(2)
+
+    def attend(self, z: Tensor, x: Tensor) -> Tensor:
+        """The weights a (B,C,M) with which each token reads the slots."""
         if self.config.mixer == "attention":
             q = rms(x @ self.w_query.T)  # (B,C,r)
-            a = (rms(z) @ q[..., None])[..., 0] / math.sqrt(self.config.width)  # (B,C,M)
-        else:
-            a = x @ self.w_read.T  # (B,C,M)
+            return ((rms(z) @ q[..., None])[..., 0] / math.sqrt(self.config.width)).softmax(-1)
+        return (x @ self.w_read.T).softmax(-1)
+
+    def mix(self, z: Tensor) -> Tensor:
+        """The memory (B,C,M,r) as it is read."""
         if self.config.mixer == "mlp":
             z = z + self.slot_mlp_out @ F.silu(self.slot_mlp_in @ z)
             z = z + F.silu(z @ self.channel_mlp_in.T) @ self.channel_mlp_out.T
-        return (a.softmax(-1)[..., None] * z).sum(2)
+        return z
 
     def write(self, y: Tensor, x: Tensor, stream: Tensor) -> Tensor:
         """y (B,T,r) -> delta (B,T,D)."""
         d = y @ self.w_out.T  # (B,T,D)
+        return d if self.config.writeback == "add" else self.strength(d, x, stream) * d
+
+    def strength(self, d: Tensor, x: Tensor, stream: Tensor) -> Tensor:
+        """What delta is of d (B,T,D), as a factor (B,T,1): the gate's, or below 1 where the bound is active."""
         if self.config.writeback == "gate":
-            return torch.sigmoid(x @ self.w_gate + self.b_gate)[..., None] * d
-        if self.config.writeback == "bounded":
-            limit, norm = self.config.bound * stream.norm(dim=-1, keepdim=True), d.norm(dim=-1, keepdim=True)
-            return d * torch.where(norm > limit, limit / torch.where(norm > limit, norm, 1), 1)
-        return d
+            return torch.sigmoid(x @ self.w_gate + self.b_gate)[..., None]
+        limit, norm = self.config.bound * stream.norm(dim=-1, keepdim=True), d.norm(dim=-1, keepdim=True)
+        return torch.where(norm > limit, limit / torch.where(norm > limit, norm, 1), 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from decimal import Decimal
 from fractions import Fraction
 
 from data.task import Row, Rule, Task
@@ -18,9 +19,9 @@ def boxed(text: str) -> str | None:
     r"""The content of the last \boxed, None without one or when its brace is never closed. `\boxed 5` has the next word."""
     start = text.rfind("\\boxed")
     rest = text[start + len("\\boxed"):] if start >= 0 else ""
-    if rest[:1] == "{":
-        end = closing(rest)
-        return None if end is None else rest[1:end]
+    if (group := rest.lstrip(" "))[:1] == "{":
+        end = closing(group)
+        return None if end is None else group[1:end]
     word = re.match(r" +([^\s$]+)", rest)
     return word and word[1]
 
@@ -39,8 +40,8 @@ SPELLINGS = (  # what is written in two ways, and the one that is kept; in this 
     (r"\n", ""), (r"\\!", ""), (r"\\\\", r"\\"), (r"\\[td]frac", r"\\frac"), (r"\\left|\\right", ""), (r"\^\{\\circ\}|\^\\circ", ""),
     (r"\\\$", ""), (r"\\text\{ .*$", ""), (r"\\?%", ""), (r" \.", " 0."), (r"\{\.", "{0."), (r"^\.(?=\d)", "0."), (r"\.$", ""),
     (r"^[^=]{1,2}=(?=[^=]*$)", ""), (r"\s", ""), (r"\\sqrt([^{])", r"\\sqrt{\1}"),
-    (r"\\frac([^{}\\])([^{}\\])", r"\\frac{\1}{\2}"), (r"\\frac([^{}\\])\{", r"\\frac{\1}{"), (r"(\\frac\{[^{}]*\})([^{}\\])", r"\1{\2}"),
-    (r"^0\.5$", r"\\frac{1}{2}"), (r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}"),
+    (r"\\frac([^{}\\])([^{}\\])", r"\\frac{\1}{\2}"), (r"\\frac([^{}\\])\{", r"\\frac{\1}{"),
+    (r"(\\frac\{(?:[^{}]|\{[^{}]*\})*\})([^{}\\])", r"\1{\2}"), (r"^0\.5$", r"\\frac{1}{2}"), (r"^(-?[0-9]+)/(-?[0-9]+)$", r"\\frac{\1}{\2}"),
 )
 
 
@@ -57,11 +58,11 @@ def normalize(text: str) -> str:
 def number(text: str) -> Fraction | None:
     r"""The exact value of an integer (also 1,234 and 1{,}234), a decimal, a/b or \frac{a}{b}; None for anything else."""
     text = text.replace("{,}", ",").replace("$", "")
-    if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", text):
+    if re.fullmatch(r"-?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", text):
         text = text.replace(",", "")
-    if re.fullmatch(r"-?(\d+(\.\d*)?|\.\d+)", text):
-        return Fraction(text)
-    parts = re.fullmatch(r"(-?)\\frac\{(-?[\d.]+)\}\{(-?[\d.]+)\}", text) or re.fullmatch(r"()(-?[\d.]+)/(-?[\d.]+)", text)
+    if re.fullmatch(r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)", text):
+        return Fraction(Decimal(text))  # through Decimal: int(text) refuses more than 4300 digits
+    parts = re.fullmatch(r"(-?)\\frac\{(-?[0-9.]+)\}\{(-?[0-9.]+)\}", text) or re.fullmatch(r"()(-?[0-9.]+)/(-?[0-9.]+)", text)
     above, below = (number(parts[2]), number(parts[3])) if parts else (None, None)
     return None if above is None or not below else (-above if parts[1] else above) / below
 
@@ -85,7 +86,8 @@ def equal(found: str, answer: str) -> bool:
     a, b = normalize(found), normalize(answer)
     if a == b:
         return True
-    if (x := number(a)) is not None and (y := number(b)) is not None:
+    x, y = number(a), number(b)
+    if x is not None or y is not None:
         return x == y
     p, q = elements(a), elements(b)
     return p is not None and q is not None and p[0] == q[0] and len(p[1]) == len(q[1]) and all(

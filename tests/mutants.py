@@ -72,7 +72,7 @@ MUTANTS = [
     Mutant("magnitude merged as a column", "talan.py", "self.gain()[:, None] * merged", "self.gain().mean() * merged", TALAN),
     Mutant("memory sees the pads", "talan.py", "            w = w * real[..., None]\n", "", TALAN),
     Mutant("memory sees the next token", "talan.py", "y, num, den = self.read(*chunk, num, den)\n            ys", "y, num, den = self.read(*chunk, *self.read(*chunk, num, den)[1:])\n            ys", TALAN),
-    Mutant("softmax over the wrong axis", "talan.py", "(a.softmax(-1)[..., None] * z).sum(2)", "(a.softmax(1)[..., None] * z).sum(2)", TALAN),
+    Mutant("softmax over the wrong axis", "talan.py", "(x @ self.w_read.T).softmax(-1)", "(x @ self.w_read.T).softmax(1)", TALAN),
     Mutant("key not normalised", "talan.py", "k, v = rms(x @ self.w_key.T)", "k, v = (x @ self.w_key.T)", TALAN),
     Mutant("score without sqrt(r)", "talan.py", "e = k @ rms(self.slots).T / math.sqrt(self.config.width)", "e = k @ rms(self.slots).T / 8", TALAN),
     Mutant("gate sign", "talan.py", "torch.sigmoid(x @ self.w_gate + self.b_gate)", "torch.sigmoid(-(x @ self.w_gate) + self.b_gate)", TALAN),
@@ -95,7 +95,7 @@ MUTANTS = [
     Mutant("dropout follows the global stream", "train.py", '        torch.manual_seed(generator(settings.seed, "dropout", step).initial_seed())', '        torch.rand(1)', TRAIN),
     Mutant("budget without padding", "train.py", "longest * (len(groups[-1]) + 1) > budget", "sum(lengths[i] for i in groups[-1]) + lengths[n] > budget", TRAIN),
     Mutant("side path rate not scaled", "train.py", 'group["lr"] = rate * group["lr_scale"]', 'group["lr"] = rate', TRAIN),
-    Mutant("truncated answers counted as stopped", "eval.py", "len(ids), not stopped)", "len(ids), False)", EVAL),
+    Mutant("truncated answers counted as stopped", "eval.py", "\"truncated\": not stopped and not", "\"truncated\": False and not", EVAL),
     Mutant("interval of the wrong z", "eval.py", "1.959963984540054", "1.6448536269514722", EVAL),
 ]
 

@@ -22,6 +22,9 @@ from talan import AdapterConfig, TalanConfig, attach  # noqa: E402
 TINY = str(ROOT / "data/tiny/model")
 
 
+TWICE = 'def twice(x):\n    """Two times x."""\n'
+
+
 def lines(*rows):
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
@@ -31,8 +34,8 @@ SOURCES = {
                            {"question": "How far?", "answer": "It is $<<1000*2=2000>>2,000.\n#### 2,000"})
               for split, name in (("train", "Ann"), ("test", "Bea"))},
     "svamp": {"test": json.dumps([
-        {"ID": "chal-1", "Body": "Dan has 1200000 pens ", "Question": "How many pens?", "Equation": "( ( 1200000.0 + 10.05 ) - 2.0 )", "Answer": 1200008.05,
-         "Type": "Addition"},
+        {"ID": "chal-1", "Body": "Dan has 1200000 pens ", "Question": "How many pens?", "Equation": "( ( 1200000.0 + 10.05 ) - 2.0 )",
+         "Answer": 1200008.05, "Type": "Addition"},
         {"ID": "chal-2", "Body": "He sold 3.", "Question": "How many?", "Equation": "8.0", "Answer": 8.0, "Type": "Addition"}]).encode()},
     "arc_easy": {split: lines({"id": f"{split}-1", "question": {"stem": "Which is hot?", "choices": [
         {"text": "ice", "label": "1"}, {"text": "a fire", "label": "2"}, {"text": "snow", "label": "3"}]}, "answerKey": "2"})
@@ -42,9 +45,9 @@ SOURCES = {
     "math500": {"test": lines({"problem": "Halve $1$.", "solution": "It is $\\boxed{\\frac{1}{2}}$.", "answer": "\\frac{1}{2}", "subject": "Algebra",
                                "unique_id": "a/1"})},
     "humaneval": {
-        "test": lines({"task_id": "HumanEval/0", "prompt": "def twice(x):\n    \"\"\"Two times x.\"\"\"\n", "canonical_solution": "    return 2 * x\n",
+        "test": lines({"task_id": "HumanEval/0", "prompt": TWICE, "canonical_solution": "    return 2 * x\n",
                        "entry_point": "twice", "test": "\ndef check(candidate):\n    assert candidate(3) == 6\n"}),
-        "plus": lines({"task_id": "HumanEval/0", "prompt": "def twice(x):\n    \"\"\"Two times x.\"\"\"\n", "canonical_solution": "    return x + x\n",
+        "plus": lines({"task_id": "HumanEval/0", "prompt": TWICE, "canonical_solution": "    return x + x\n",
                        "entry_point": "twice", "base_input": [[3]], "plus_input": [[-1], [0.1]], "atol": 0})},
     "mbpp": {"all": lines(*({"task_id": i, "text": f"Write task {i}.", "code": f"def f{i}(x):\r\n    return x + {i}", "test_setup_code": "y = 1\r\n",
                              "test_list": [f"assert f{i}(y) == {i + 1}", f"assert f{i}(0) == {i}"]} for i in range(1, 975))),
@@ -100,7 +103,8 @@ def test_mmlu_lines_of_another_shape_are_refused():
 def test_code_rows(rows):
     row = rows["humaneval"]["test"][0]
     assert row["tests"].endswith("\ncheck(twice)") and row["completion"].endswith("Two times x.\"\"\"\n\n    return 2 * x\n```")
-    assert {name: len(split) for name, split in rows["mbpp"].items()} == {"prompt": 10, "test": 500, "validation": 90, "train": 374, "shots": 3, "plus": 1}
+    sizes = {name: len(split) for name, split in rows["mbpp"].items()}
+    assert sizes == {"prompt": 10, "test": 500, "validation": 90, "train": 374, "shots": 3, "plus": 1}
     assert [row["id"] for row in rows["mbpp"]["shots"]] == ["Mbpp/2", "Mbpp/3", "Mbpp/4"]
     row = rows["mbpp"]["test"][0]
     assert (row["id"], row["code"], "\r" in json.dumps(row)) == ("Mbpp/11", "def f11(x):\n    return x + 11", False)
@@ -115,7 +119,8 @@ def test_plus_tests_of_another_task_are_refused():
 
 
 @pytest.mark.parametrize("task_id, args, want", [
-    (1, [[1, [2]]], [[1, [2]]]), (2, [[1], [2, 3]], [(1,), (2, 3)]), (63, [[[1, 2], [3]]], [[(1, 2), (3,)]]), (75, [[[1], [2]], 6], [[(1,), (2,)], 6]),
+    (1, [[1, [2]]], [[1, [2]]]), (2, [[1], [2, 3]], [(1,), (2, 3)]), (63, [[[1, 2], [3]]], [[(1, 2), (3,)]]),
+    (75, [[[1], [2]], 6], [[(1,), (2,)], 6]),
     (106, [[1], [2]], [[1], (2,)]), (115, [[[1, 1], [], {}]], [[{1}, {}, {}]]), (124, ["1.5", "2j"], [1.5, 2j]), (252, ["1+2j"], [1 + 2j]),
     (307, [[1, [2]], 3, 4], [(1, [2]), 3, 4]), (259, [[[1, 2], [3]]], [((1, 2), (3,))]), (278, [[1, [2, 3]]], [(1, (2, 3))]),
     (580, [[1, [2, [3]]]], [(1, (2, (3,)))]), (722, [{"a": [1, 2]}, 3], [{"a": (1, 2)}, 3]),
@@ -124,8 +129,9 @@ def test_json_lists_become_the_tuples_of_mbpp_plus(task_id, args, want):
     assert repr(mbpp_inputs(task_id, [args])) == repr([want])
 
 
-@pytest.mark.parametrize("body, right", [("return 2 * x", True), ("return x + x + 1e-8 * isinstance(x, float)", True), ("return x + x + 1e-8", False), ("return 2 * x if x != -1 else 0", False),
-                                         ("return str(2 * x)", False), ("return 2.0 * x", True), ("return x + x + 1e-3 * isinstance(x, float)", False)])
+@pytest.mark.parametrize("body, right", [
+    ("return 2 * x", True), ("return x + x + 1e-8 * isinstance(x, float)", True), ("return x + x + 1e-8", False), ("return str(2 * x)", False),
+    ("return 2 * x if x != -1 else 0", False), ("return 2.0 * x", True), ("return x + x + 1e-3 * isinstance(x, float)", False)])
 def test_plus_tests_compare_with_the_reference(rows, body, right):
     """Exact, or within 1e-6 where the reference answers in floats."""
     program = f"def twice(x):\n    {body}\n" + rows["humaneval"]["test"][0]["plus_tests"]
@@ -223,7 +229,8 @@ def test_trap_5_plain_text_gets_the_bos_that_the_tokenizer_adds():
 @pytest.fixture(scope="module")
 def model():
     """A random model with an adapter and a side path that both do something."""
-    config = replace(ModelConfig.from_dir(TINY), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = replace(ModelConfig.from_dir(TINY), **shape)
     model = Transformer(config)
     model.init_weights(0)
     attach(model, AdapterConfig(kind="dora", rank=4), TalanConfig(layers=(1,), slots=4, width=8))
@@ -243,7 +250,8 @@ def slow(model, prefix, reply):
     return total
 
 
-ITEMS = [([5, 6, 7], [[8], [9, 10, 11], [9]]), ([1], [[2, 3], [3, 2]]), (list(range(40, 70)), [[5, 6], [7] * 20]), ([3, 3], []), ([9, 9, 9, 9], [[4]])]
+ITEMS = [([5, 6, 7], [[8], [9, 10, 11], [9]]), ([1], [[2, 3], [3, 2]]), (list(range(40, 70)), [[5, 6], [7] * 20]), ([3, 3], []),
+         ([9, 9, 9, 9], [[4]])]
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 100, 10_000])
@@ -313,7 +321,8 @@ def test_several_samples_are_averaged_by_item():
 
 
 @pytest.mark.parametrize("values, message", [({"samples": 3}, "samples"), ({"format": "chatty"}, "format"), ({"pass_at": ("2",)}, "pass_at"),
-                                             ({"pass_at": ("x",)}, "pass_at"), ({"limit": -1, "shots": -1}, "limit.*\n.*shots"), ({"seconds": 0}, "seconds")])
+                                             ({"pass_at": ("x",)}, "pass_at"), ({"limit": -1, "shots": -1}, "limit.*\n.*shots"),
+                                             ({"seconds": 0}, "seconds")])
 def test_settings_out_of_range_are_listed(values, message):
     with pytest.raises(ValueError, match=message):
         evaluation.Settings(**values)
@@ -422,7 +431,8 @@ def test_plain_completions_end_before_the_first_stop(bench, monkeypatch, tokeniz
 
     monkeypatch.setattr("model.generate", speak)
     records, _ = score(bench / "out", tasks=("gsm8k",), format="plain")
-    assert [(r["completion"], r["truncated"], r["correct"]) for r in records] == [("It is 5.\n#### 5\n\n", False, True), ("It is 5.\n#### 5\n\n", False, False)]
+    text = "It is 5.\n#### 5\n\n"
+    assert [(r["completion"], r["truncated"], r["correct"]) for r in records] == [(text, False, True), (text, False, False)]
     assert tokenizer.decode(said[:records[0]["tokens"]]).endswith("Question:")
     records, _ = score(bench / "out", tasks=("gsm8k",), format="plain", max_new_tokens=4)
     assert all(r["truncated"] for r in records)
