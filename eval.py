@@ -105,6 +105,7 @@ if TYPE_CHECKING:  # torch is imported where a model is used: rescoring and comp
 
 Record = dict[str, Any]
 CHUNK = 512  # positions whose logits (V) exist at once
+Z95 = 1.959963984540054  # half the width of a 95 % interval, in standard errors
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,7 +208,7 @@ def run_tests(task: Task, records: Sequence[Record], items: Sequence[Record], se
 # Statistics and tables
 # ---------------------------------------------------------------------------------------------------------------------
 
-def wilson(right: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson(right: float, n: int, z: float = Z95) -> tuple[float, float]:
     """Wilson's 95 % interval of a proportion: (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)."""
     p, a = right / n, z * z / n
     half = z * math.sqrt(p * (1 - p) / n + a / (4 * n))
@@ -224,7 +225,7 @@ def interval(means: Sequence[float], samples: int) -> list[float]:
     n, mean = len(means), sum(means) / len(means)
     if samples == 1:
         return [100 * x for x in wilson(sum(means), n)]
-    half = 1.959963984540054 * math.sqrt(sum((x - mean) ** 2 for x in means) / max(1, n - 1) / n)
+    half = Z95 * math.sqrt(sum((x - mean) ** 2 for x in means) / max(1, n - 1) / n)
     return [100 * max(0.0, mean - half), 100 * min(1.0, mean + half)]
 
 

@@ -44,6 +44,7 @@ class Mutant:
 
 
 MODEL, TALAN, TRAIN, EVAL = "test_model.py", "test_oracle.py test_talan.py test_peft.py", "test_train.py test_labels.py", "test_eval.py"
+BENCH, COMPARE, RULES, PREPARE, SANDBOX = "test_benchmarks.py", "test_compare.py", "test_verdicts.py", "test_prepare.py", "test_sandbox.py"
 MUTANTS = [
     Mutant("mask off by one", "model.py", "+ 1) <= positions[", "+ 1) < positions[", MODEL),
     Mutant("mask sees one token ahead", "model.py", "+ 1) <= positions[:, None, :, None]", "+ 1) <= positions[:, None, :, None] + 1", MODEL),
@@ -97,6 +98,36 @@ MUTANTS = [
     Mutant("side path rate not scaled", "train.py", 'group["lr"] = rate * group["lr_scale"]', 'group["lr"] = rate', TRAIN),
     Mutant("truncated answers counted as stopped", "eval.py", "\"truncated\": not stopped and not", "\"truncated\": False and not", EVAL),
     Mutant("interval of the wrong z", "eval.py", "1.959963984540054", "1.6448536269514722", EVAL),
+    Mutant("likelihood of the first token dropped", "eval.py", "hidden = torch.cat([hidden, model(targets[:, :-1], cache, sizes - 1)], 1)",
+           "hidden = torch.cat([hidden * 0, model(targets[:, :-1], cache, sizes - 1)], 1)", BENCH),
+    Mutant("replies share another prompt's prefix", "eval.py", "cache.keep(owner)", "cache.keep(owner[::-1])", BENCH),
+    Mutant("likelihood read at the batch's last column", "eval.py", "[torch.arange(len(items)), lengths - 1]", "[torch.arange(len(items)), -1]", BENCH),
+    Mutant("a merge at the join cut at the prompt's length", "eval.py", "    return alone[:same], [ids[same:] for ids in whole]",
+           "    return alone, [ids[len(alone):] for ids in whole]", BENCH),
+    Mutant("pass@k with replacement", "eval.py", "1 - math.prod(1 - k / i for i in range(n - c + 1, n + 1))", "1 - (1 - c / n) ** k", BENCH),
+    Mutant("samples counted as items", "eval.py", 'right.setdefault(r["id"], [])', 'right.setdefault(r["id"] + str(r["sample"]), [])', BENCH),
+    Mutant("examples of another subject", "data/tasks.py", 'if row.get("subject") == item.get("subject")]', "]", BENCH),
+    Mutant("mmlu header lost", "data/tasks.py", "text = task.header(item) + ", "text = ", BENCH),
+    Mutant("programs run unasked", "eval.py", "if (code := [task.name for task in tasks if task.kind == \"code\"]) and not settings.allow_code_execution:", "if False:", BENCH),
+    Mutant("plus alone", "eval.py", "for i, r in enumerate(records) if base[i].passed and ", "for i, r in enumerate(records) if ", BENCH),
+    Mutant("items drawn anew for each task order", "eval.py", "zlib.crc32(task.encode())])", "list(grids).index(task)])", COMPARE),
+    Mutant("seeds not resampled", "eval.py", "    draws = rng.integers(n, size=(rows, n)) + n", "    draws = np.arange(n) + n", COMPARE),
+    Mutant("tokens of a solution not weighted", "eval.py", "sizes[-1, n] += cells[0][0].tokens", "sizes[-1, n] += 1", COMPARE),
+    Mutant("one-sided mcnemar", "eval.py", "min(1.0, 2 * sum(chosen) / 2**n)", "min(1.0, sum(chosen) / 2**n)", COMPARE),
+    Mutant("90 % interval", "eval.py", "[2.5, 97.5]", "[5, 95]", COMPARE),
+    Mutant("different settings pass", "eval.py", "problems = [*check_seeds(sides[0], sides[1]), *wrong,", "problems = [*check_seeds(sides[0], sides[1]),", COMPARE),
+    Mutant("items of one side only pass", "eval.py", "*check_cells(sides[0] + sides[1])]", "]", COMPARE),
+    Mutant("strict takes the last mark", "data/gsm8k.py", r'found = re.search(r"#### (\-?[0-9\.\,]+)", text)', r'found = re.search(r"(?s).*#### (\-?[0-9\.\,]+)", text)', RULES),
+    Mutant("flexible takes the first number", "data/gsm8k.py", "found[-1][0] if found", "found[0][0] if found", RULES),
+    Mutant("an unclosed box counts", "data/math500.py", "return None if end is None else group[1:end]", "return group[1:end]", RULES),
+    Mutant("tuples in any brackets", "data/math500.py", "p[0] == q[0] and ", "", RULES),
+    Mutant("acc_norm by tokens, not characters", "data/task.py", "p / len(c)", "p / len(c.split())", RULES),
+    Mutant("a download is not verified", "data/prepare.py", "    if found != expected:\n", "    if False:\n", PREPARE),
+    Mutant("a broken download starts over", "data/prepare.py", "if have else {})\n    with urllib", "if False else {})\n    with urllib", PREPARE),
+    Mutant("exit code believed", "data/sandbox.py", "if not why and token in channel:", "if not why and child.returncode == 0:", SANDBOX),
+    Mutant("tests under the program's builtins", "data/sandbox.py", '{**names, "__builtins__": pristine}', "names", SANDBOX),
+    Mutant("a late program is left alone", "data/sandbox.py", "late = len(output) + len(channel) > limits.output_bytes, time.monotonic() > deadline",
+           "late = len(output) + len(channel) > limits.output_bytes, time.monotonic() > deadline + 99", SANDBOX),
 ]
 
 

@@ -446,3 +446,18 @@ def test_code_ends_with_its_block(tokenizer, monkeypatch, form, text, ends):
     monkeypatch.setattr("model.generate", lambda *args, ended, **_: seen.update(ended=ended) or [])
     evaluation.write_answers(TASKS["humaneval"], [], None, tokenizer, evaluation.Settings(format=form))
     assert seen["ended"](tokenizer.encode(text)) == ends
+
+
+# ---------------------------------------------------------------- rows at once
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_greedy_answers_and_the_number_of_rows(tmp_path, dtype):
+    """float32: identical whatever the batch; bfloat16: the agreement is printed (pytest -s -k number_of_rows)."""
+    texts = []
+    for rows, tokens in ((1, 1), (5, 300), (64, 8192)):
+        found, _ = score(tmp_path / str(rows), tasks=("math", "code"), limit=24, dtype=dtype, batch_rows=rows, batch_tokens=tokens, reference=False)
+        texts.append([r["completion"] for r in found])
+    same = [sum(a == b for a, b in zip(texts[0], other)) for other in texts[1:]]
+    print(f"\n{dtype}: of {len(texts[0])} greedy answers written one at a time, {same[0]} are the same at 5 rows and {same[1]} at 64")
+    assert dtype == "bfloat16" or same == [48, 48]
