@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 from data.gsm8k import ask
-from data.task import Row, Task
+from data.task import Row, Task, json_lines
 
 
 def convert(files: dict[str, bytes]) -> dict[str, list[Row]]:
     """{"id", "question": {"stem", "choices": [{"text", "label"}]}, "answerKey"} -> rows; labels 1, 2, ... become A, B, ..."""
-    return {split: [convert_row(json.loads(line)) for line in content.decode().splitlines()] for split, content in files.items()}
+    return {split: [convert_row(source) for source in json_lines(content)] for split, content in files.items()}
 
 
 def convert_row(source: Row) -> Row:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 
-from data.task import Row, Rule, Task
+from data.task import Row, Rule, Task, json_lines
 
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 
@@ -41,7 +40,7 @@ def convert(files: dict[str, bytes]) -> dict[str, list[Row]]:
     """{"question", "answer": "steps with marks <<48/2=24>> ... #### 24"} -> rows; the marks are not for reading."""
     rows: dict[str, list[Row]] = {}
     for split, content in files.items():
-        for i, source in enumerate(map(json.loads, content.decode().splitlines())):
+        for i, source in enumerate(json_lines(content)):
             solution = re.sub(r"<<[^<>]*>>", "", source["answer"])
             rows.setdefault(split, []).append({"id": f"{split}-{i}", "prompt": ask(source["question"]), "completion": solution,
                                                "answer": solution.rpartition("#### ")[2].strip()})

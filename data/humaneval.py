@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 from data.plus import plus_tests
-from data.task import Row, Task, cut, fenced
+from data.task import Row, Task, cut, fenced, json_lines
 
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
@@ -23,7 +21,7 @@ def program(row: Row, completion: str, form: str) -> str:
 
 def convert(files: dict[str, bytes]) -> dict[str, list[Row]]:
     """{"task_id", "prompt", "canonical_solution", "test", "entry_point"}, and HumanEval+'s inputs -> rows."""
-    sources, plus = ([json.loads(line) for line in files[name].decode().splitlines()] for name in ("test", "plus"))
+    sources, plus = (json_lines(files[name]) for name in ("test", "plus"))
     return {"test": [convert_row(source, extra) for source, extra in zip(sources, plus, strict=True)]}
 
 

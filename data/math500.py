@@ -5,12 +5,11 @@ No computer algebra: sympy's parser would run code that the model wrote.
 
 from __future__ import annotations
 
-import json
 import re
 from decimal import Decimal
 from fractions import Fraction
 
-from data.task import Row, Rule, Task
+from data.task import Row, Rule, Task, json_lines
 
 ASK = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -96,9 +95,8 @@ def equal(found: str, answer: str) -> bool:
 
 def convert(files: dict[str, bytes]) -> dict[str, list[Row]]:
     """{"problem", "solution", "answer", "subject", "unique_id"} -> rows."""
-    sources = [json.loads(line) for line in files["test"].decode().splitlines()]
     return {"test": [{"id": s["unique_id"], "prompt": f"{s['problem']}\n{ASK}", "completion": s["solution"], "answer": s["answer"],
-                      "subject": s["subject"]} for s in sources]}
+                      "subject": s["subject"]} for s in json_lines(files["test"])]}
 
 
 TASK = Task("math500", convert=convert, rules={"boxed": Rule(boxed, equal)}, between="\n", stops=("<|im_end|>", "</s>"), max_new_tokens=2048)

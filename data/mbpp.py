@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 from data.plus import mbpp_inputs, plus_tests
-from data.task import Row, Task, cut, fenced
+from data.task import Row, Task, cut, fenced, json_lines
 
 SPLITS = {"prompt": range(1, 11), "test": range(11, 511), "validation": range(511, 601), "train": range(601, 975)}
 
@@ -28,9 +27,9 @@ def program(row: Row, completion: str, form: str) -> str:
 
 def convert(files: dict[str, bytes]) -> dict[str, list[Row]]:
     """{"task_id", "text", "code", "test_list", "test_setup_code"} -> rows by split, the shots being ids 2, 3, 4; MBPP+ -> split plus."""
-    sources = {s["task_id"]: s for s in map(json.loads, files["all"].decode().splitlines())}
+    sources = {s["task_id"]: s for s in json_lines(files["all"])}
     rows = {split: [convert_row(sources[i]) for i in ids] for split, ids in SPLITS.items()}
-    plus = [convert_plus(s) for s in map(json.loads, files["plus"].decode().splitlines()) if int(s["task_id"][5:]) in SPLITS["test"]]
+    plus = [convert_plus(s) for s in json_lines(files["plus"]) if int(s["task_id"][5:]) in SPLITS["test"]]
     return {**rows, "shots": rows["prompt"][1:4], "plus": plus}
 
 

@@ -13,6 +13,7 @@ train.py reads the same rows: it needs prompt and completion.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,11 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 Row = dict[str, Any]
+
+
+def json_lines(content: bytes) -> list[Row]:
+    """The objects of a JSONL file; only a line feed ends a line."""
+    return [json.loads(line) for line in content.decode("utf-8").split("\n") if line.strip()]
 
 
 def same(row: Row) -> tuple[str, str]:
