@@ -305,23 +305,46 @@ def score(settings: Settings) -> dict[str, Record]:
     if settings.adapter:
         load_adapter(model, settings.adapter)
     out = Path(settings.out or (Path(settings.adapter) / "eval" if settings.adapter else "runs/eval"))
-    records, summaries, speed, began = [], {}, {}, time.perf_counter()
+    prompts = {task.name: [ask(task, item, load_shots(task, item, pools[task.name], settings.shots), settings.format, tokenizer)
+                           for item in items[task.name]] for task in tasks}
+    hashes = {task.name: {"data_sha256": sha256(task.path.read_bytes()),
+                          "prompt_sha256": sha256("\0".join(p.text for p in prompts[task.name]).encode())} for task in tasks}
+    about = {**header(asdict(settings), device), "backbone": backbone, "fingerprint": model.fingerprint, "run_seed": run_seed(settings.adapter),
+             "adapter_sha256": adapter_sha256(settings.adapter), "dtype": str(model.head_weight.dtype).removeprefix("torch.")}
+    records, summaries, speed = [], {}, {}
     for task in tasks:
-        start, each = time.perf_counter(), items[task.name]
-        prompts = [ask(task, item, load_shots(task, item, pools[task.name], settings.shots), settings.format, tokenizer) for item in each]
-        done = run_task(task, each, prompts, model, tokenizer, settings)
-        records += done
-        speed[task.name] = measure(done, time.perf_counter() - start)
-        summaries[task.name] = {**summary(done, pass_ks(settings)), "data_sha256": sha256(task.path.read_bytes()),
-                                "prompt_sha256": sha256("\0".join(p.text for p in prompts).encode())}
-    total = measure(records, time.perf_counter() - began)
-    results = {**header(asdict(settings), device), "backbone": backbone, "fingerprint": model.fingerprint, "run_seed": run_seed(settings.adapter),
-               "adapter_sha256": adapter_sha256(settings.adapter), "dtype": str(model.head_weight.dtype).removeprefix("torch."),
-               "tasks": summaries, "speed": speed, **total}
-    write_results(out, records, results)
+        part, key = out / f".{task.name}.part", sha256(json.dumps([about, hashes[task.name]], sort_keys=True).encode())
+        began = time.perf_counter()
+        done, seconds = load_part(part, key)
+        if not done:
+            done = run_task(task, items[task.name], prompts[task.name], model, tokenizer, settings)
+            write_part(part, key, done, seconds := time.perf_counter() - began)
+        records, speed[task.name] = records + done, measure(done, seconds)
+        summaries[task.name] = {**summary(done, pass_ks(settings)), **hashes[task.name]}
+    total = measure(records, sum(each["seconds"] for each in speed.values()))
+    write_results(out, records, {**about, "tasks": summaries, "speed": speed, **total})
+    for task in tasks:
+        (out / f".{task.name}.part").unlink()
     print(f"{backbone}{' + ' + settings.adapter if settings.adapter else ''}: {len(records)} answers in {total['seconds']:.1f} s "
           f"({total['tokens_per_second']:,} tokens/s), records in {out}\n{score_table(summaries)}")
     return summaries
+
+
+def load_part(part: Path, key: str) -> tuple[list[Record], float]:
+    """(records, seconds) of a task that an interrupted run of the same command finished; ([], 0) where there are none."""
+    if not part.exists():
+        return [], 0.0
+    head, *lines = part.read_text(encoding="utf-8").split("\n")[:-1]
+    stored = json.loads(head)
+    return ([json.loads(line) for line in lines], stored["seconds"]) if stored["key"] == key else ([], 0.0)
+
+
+def write_part(part: Path, key: str, records: Sequence[Record], seconds: float) -> None:
+    """Keep a finished task until all are."""
+    from model import atomic
+
+    with atomic(part) as tmp:
+        tmp.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ({"key": key, "seconds": seconds}, *records)), encoding="utf-8")
 
 
 def pass_ks(settings: Settings) -> list[int]:
@@ -331,7 +354,7 @@ def pass_ks(settings: Settings) -> list[int]:
 
 def measure(records: Sequence[Record], seconds: float) -> Record:
     """Seconds, and tokens written (kind choose: scored) a second."""
-    return {"seconds": round(seconds, 2), "tokens_per_second": round(sum(r["tokens"] for r in records) / seconds)}
+    return {"seconds": round(seconds, 2), "tokens_per_second": round(sum(r["tokens"] for r in records) / max(seconds, 1e-9))}
 
 
 def write_results(out: Path, records: Sequence[Record], results: Record) -> None:

@@ -378,6 +378,31 @@ def test_choice_verdicts_follow_from_the_recorded_likelihoods(bench):
     assert records[0]["logprobs"][1] == pytest.approx(found, abs=1e-4)
 
 
+def test_an_interrupted_run_goes_on_after_its_finished_tasks(bench, monkeypatch):
+    """The same command finds them; another one, or changed rows, does not."""
+    values = {"tasks": ("arc_easy", "gsm8k"), "max_new_tokens": 6}
+    want, _ = score(bench / "whole", **values)
+    ran, run_task = [], evaluation.run_task
+
+    def stop(task, *args):
+        ran.append(task.name)
+        if task.name == "gsm8k" and len(ran) == 2:
+            raise KeyboardInterrupt
+        return run_task(task, *args)
+
+    monkeypatch.setattr(evaluation, "run_task", stop)
+    with pytest.raises(KeyboardInterrupt):
+        score(bench / "out", **values)
+    assert not (bench / "out/records.jsonl").exists()
+    assert score(bench / "out", **values)[0] == want and ran == ["arc_easy", "gsm8k", "gsm8k"]
+    assert sorted(p.name for p in (bench / "out").iterdir()) == ["records.jsonl", "results.json"]
+    ran.clear()
+    with pytest.raises(KeyboardInterrupt):
+        score(bench / "out", **values)
+    score(bench / "out", **{**values, "shots": 1})
+    assert ran == ["arc_easy", "gsm8k", "arc_easy", "gsm8k"]
+
+
 def test_programs_do_not_run_unasked(bench):
     with pytest.raises(ValueError, match="humaneval, mbpp: .*--allow-code-execution"):
         score(bench / "out", tasks=("humaneval", "gsm8k", "mbpp"))
