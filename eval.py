@@ -10,7 +10,7 @@ B rows, T tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data.settings import given, setting
@@ -39,17 +39,19 @@ class Settings:
     seed: int = setting(0, "seeds sampling")
     reference: bool = setting(True, "also record the log-likelihood of each reference solution")
     allow_code_execution: bool = setting(False, "run the programs that the model writes, in the sandbox of data/sandbox.py")
-    seconds: float = setting(10.0, "time limit of one program")
+    seconds: float = setting(10.0, "time limit of one program; three times that with plus tests, which run the reference solution beside it")
+    memory_mb: int = setting(4096, "memory limit of one program")
     workers: int = setting(0, "programs run at once; 0: one a core")
     device: str = setting("auto", "auto, cpu, cuda, ...")
     dtype: str = setting("auto", "float32 or bfloat16; auto: bfloat16 on a GPU")
+    check_references: bool = setting(False, "judge the reference solutions instead of a model's answers: what a perfect model would score")
     rescore: str = setting("", "records.jsonl of an earlier run: extract and grade again, without a model")
 
     def __post_init__(self) -> None:
         """Raises ValueError that lists every setting out of range."""
         wrong = [f"{name}: expected at least {low}, found {getattr(self, name)}" for name, low in (
-            ("limit", 0), ("shots", 0), ("samples", 1), ("max_new_tokens", 0), ("batch_rows", 1), ("batch_tokens", 1), ("workers", 0))
-            if getattr(self, name) < low]
+            ("limit", 0), ("shots", 0), ("samples", 1), ("max_new_tokens", 0), ("batch_rows", 1), ("batch_tokens", 1), ("memory_mb", 64),
+            ("workers", 0)) if getattr(self, name) < low]
         if self.format not in ("chat", "plain"):
             wrong.append(f"format: expected chat or plain, found {self.format!r}")
         if self.samples > 1 and not self.temperature > 0:
@@ -190,12 +192,14 @@ def run_tests(task: Task, records: Sequence[Record], items: Sequence[Record], se
     """The same for programs, in the sandbox: base, and, where there are plus tests, plus (both have to pass)."""
     from data.sandbox import Limits, missing_protections, run_programs
 
-    by_id, limits = {item["id"]: item for item in items}, Limits(seconds=settings.seconds)
+    by_id, limits = {item["id"]: item for item in items}, Limits(seconds=settings.seconds, memory_mb=settings.memory_mb)
     print("".join(f"sandbox: {line}\n" for line in missing_protections()), end="", flush=True)
     programs = [task.program(by_id[r["id"]], r["completion"], r["format"]) for r in records]
     base = run_programs([(p, by_id[r["id"]]["tests"]) for p, r in zip(programs, records)], limits, settings.workers)
     again = [i for i, r in enumerate(records) if base[i].passed and "plus_tests" in by_id[r["id"]]]
-    plus = dict(zip(again, run_programs([(programs[i], by_id[records[i]["id"]]["plus_tests"]) for i in again], limits, settings.workers)))
+    found = run_programs([(programs[i], by_id[records[i]["id"]]["plus_tests"]) for i in again], replace(limits, seconds=3 * limits.seconds),
+                         settings.workers)
+    plus = dict(zip(again, found))
     judged = []
     for i, record in enumerate(records):
         verdicts = {"base": base[i].passed} | ({"plus": i in plus and plus[i].passed} if "plus_tests" in by_id[record["id"]] else {})
@@ -296,8 +300,7 @@ def score(settings: Settings) -> dict[str, Record]:
     from talan import load_adapter
 
     tasks = find_tasks(settings.tasks)
-    if (code := [task.name for task in tasks if task.kind == "code"]) and not settings.allow_code_execution:
-        raise ValueError(f"{', '.join(code)}: scoring runs programs that the model wrote; say --allow-code-execution if it may")
+    check_permission(tasks, settings)
     items = {task.name: load_items(task, settings.limit) for task in tasks}
     pools = {task.name: load_pool(task) if settings.shots else [] for task in tasks}
     device, backbone = choose_device(settings.device), settings.backbone or recorded_backbone(settings.adapter)
@@ -328,6 +331,12 @@ def score(settings: Settings) -> dict[str, Record]:
     print(f"{backbone}{' + ' + settings.adapter if settings.adapter else ''}: {len(records)} answers in {total['seconds']:.1f} s "
           f"({total['tokens_per_second']:,} tokens/s), records in {out}\n{score_table(summaries)}")
     return summaries
+
+
+def check_permission(tasks: Sequence[Task], settings: Settings) -> None:
+    """Raises ValueError that lists the tasks which would run programs, unless that was allowed."""
+    if (code := [task.name for task in tasks if task.kind == "code"]) and not settings.allow_code_execution:
+        raise ValueError(f"{', '.join(code)}: scoring runs programs that the model wrote; say --allow-code-execution if it may")
 
 
 def load_part(part: Path, key: str) -> tuple[list[Record], float]:
@@ -474,11 +483,21 @@ def rescore(settings: Settings) -> dict[str, Record]:
 
 def rejudge(task: Task, rows: Sequence[Record], settings: Settings) -> list[Record]:
     """The verdicts of one task again. Raises ValueError when programs would have to run and may not."""
-    if task.kind != "code":
-        return [judge(task, row) for row in rows]
-    if not settings.allow_code_execution:
-        raise ValueError(f"{task.name}: scoring runs programs that the model wrote; say --allow-code-execution if it may")
-    return run_tests(task, rows, load_items(task), settings)
+    check_permission([task], settings)
+    return run_tests(task, rows, load_items(task), settings) if task.kind == "code" else [judge(task, row) for row in rows]
+
+
+def check_references(settings: Settings) -> dict[str, Record]:
+    """The verdicts on the reference solutions, without a model; prints the table. Raises ValueError for tasks that compare likelihoods."""
+    tasks, summaries = find_tasks(settings.tasks), {}
+    if choice := [task.name for task in tasks if task.kind == "choose"]:
+        raise ValueError(f"{', '.join(choice)}: choices are compared by likelihood, there is nothing to judge")
+    for task in tasks:
+        rows = [{"task": task.name, "id": item["id"], "sample": 0, "format": "chat", "answer": item["answer"], "truncated": False,
+                 "completion": item.get("code", item.get("completion", ""))} for item in load_items(task, settings.limit)]
+        summaries[task.name] = summary(rejudge(task, rows, settings))
+    print(score_table(summaries))
+    return summaries
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -818,7 +837,9 @@ def main(word: str, explicit: dict[str, Any]) -> None:
     if isinstance(settings, CompareSettings):
         compare(settings)
         return
-    if settings.rescore:
+    if settings.check_references:
+        check_references(settings)
+    elif settings.rescore:
         rescore(settings)
     else:
         score(settings)

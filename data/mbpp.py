@@ -48,9 +48,10 @@ def convert_row(source: Row) -> Row:
 def convert_plus(source: Row) -> Row:
     """One task of MBPP+, whose prompt is a docstring of the sentence and the asserts."""
     text, _, shown = source["prompt"].strip().strip('"').strip().partition("\nassert")
-    inputs = mbpp_inputs(int(source["task_id"][5:]), source["base_input"] + (source["plus_input"] or []))  # {} where there are none
-    row = make_row(source["task_id"], text, source["canonical_solution"].strip("\n"), f"assert{shown}", source["assertion"])
-    return {**row, "entry_point": source["entry_point"], "plus_tests": plus_tests(source, source["canonical_solution"], inputs)}
+    base, plus = (mbpp_inputs(int(source["task_id"][5:]), source[key] or []) for key in ("base_input", "plus_input"))  # {} where there are none
+    base_tests, every = (plus_tests(source, source["canonical_solution"], inputs) for inputs in (base, base + plus))
+    row = make_row(source["task_id"], text, source["canonical_solution"].strip("\n"), f"assert{shown}", base_tests)
+    return {**row, "entry_point": source["entry_point"], "plus_tests": every}
 
 
 TASK = Task("mbpp", "code", convert=convert, shots="mbpp/shots.jsonl", chat=chat, plain=plain, program=program, between="", end="\n[DONE]",

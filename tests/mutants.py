@@ -108,7 +108,7 @@ MUTANTS = [
     Mutant("samples counted as items", "eval.py", 'right.setdefault(r["id"], [])', 'right.setdefault(r["id"] + str(r["sample"]), [])', BENCH),
     Mutant("examples of another subject", "data/tasks.py", 'if row.get("subject") == item.get("subject")]', "]", BENCH),
     Mutant("mmlu header lost", "data/tasks.py", "text = task.header(item) + ", "text = ", BENCH),
-    Mutant("programs run unasked", "eval.py", "if (code := [task.name for task in tasks if task.kind == \"code\"]) and not settings.allow_code_execution:", "if False:", BENCH),
+    Mutant("programs run unasked", "eval.py", " and not settings.allow_code_execution:", " and False:", BENCH),
     Mutant("plus alone", "eval.py", "for i, r in enumerate(records) if base[i].passed and ", "for i, r in enumerate(records) if ", BENCH),
     Mutant("items drawn anew for each task order", "eval.py", "zlib.crc32(task.encode())])", "list(grids).index(task)])", COMPARE),
     Mutant("seeds not resampled", "eval.py", "    draws = rng.integers(n, size=(rows, n)) + n", "    draws = np.arange(n) + n", COMPARE),

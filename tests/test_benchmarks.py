@@ -425,6 +425,16 @@ def test_reference_solutions_pass_and_wrong_ones_say_why(bench, rows):
             assert not any(record["verdicts"].values()) and "AssertionError" in record["why"]["base"]
 
 
+def test_reference_solutions_can_be_scored_without_a_model(bench, capsys):
+    names = ("gsm8k", "svamp", "math500", "humaneval", "mbpp", "mbpp_plus")
+    found = evaluation.check_references(evaluation.Settings(tasks=names, allow_code_execution=True, limit=40))
+    assert {name: s["score"] for name, s in found.items()} == dict.fromkeys(names, 100) and "humaneval base" in capsys.readouterr().out
+    assert {rule: r["score"] for rule, r in found["humaneval"]["rules"].items()} == {"base": 100, "plus": 100}
+    for tasks, message in ((("mbpp",), "--allow-code-execution"), (("arc_easy", "gsm8k", "mmlu_stem"), "arc_easy, mmlu_stem: ")):
+        with pytest.raises(ValueError, match=message):
+            evaluation.check_references(evaluation.Settings(tasks=tasks))
+
+
 def test_an_absent_file_names_the_command_that_prepares_it(bench):
     (bench / "gsm8k/test.jsonl").unlink()
     with pytest.raises(ValueError, match="python data/prepare.py gsm8k"):
