@@ -85,6 +85,7 @@ WORD = sys.argv[1] if sys.argv[1:2] and sys.argv[1] in COMMANDS else "score"
 GIVEN = given(COMMANDS[WORD], sys.argv[1 + (sys.argv[1:2] == [WORD]):]) if __name__ == "__main__" else {}  # --help needs no torch
 
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -190,10 +191,10 @@ def log_probs(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
 
 def run_tests(task: Task, records: Sequence[Record], items: Sequence[Record], settings: Settings) -> list[Record]:
     """The same for programs, in the sandbox: base, and, where there are plus tests, plus (both have to pass)."""
-    from data.sandbox import Limits, missing_protections, run_programs
+    from data.sandbox import Limits, run_programs
 
+    say_protections()
     by_id, limits = {item["id"]: item for item in items}, Limits(seconds=settings.seconds, memory_mb=settings.memory_mb)
-    print("".join(f"sandbox: {line}\n" for line in missing_protections()), end="", flush=True)
     programs = [task.program(by_id[r["id"]], r["completion"], r["format"]) for r in records]
     base = run_programs([(p, by_id[r["id"]]["tests"]) for p, r in zip(programs, records)], limits, settings.workers)
     again = [i for i, r in enumerate(records) if base[i].passed and "plus_tests" in by_id[r["id"]]]
@@ -206,6 +207,14 @@ def run_tests(task: Task, records: Sequence[Record], items: Sequence[Record], se
         why = {"base": base[i].why} | ({"plus": plus[i].why} if i in plus else {})
         judged.append({**record, "why": why, "verdicts": verdicts, "correct": base[i].passed})
     return judged
+
+
+@functools.cache
+def say_protections() -> None:
+    """Print, once, what the sandbox lacks on this system."""
+    from data.sandbox import missing_protections
+
+    print("".join(f"sandbox: {line}\n" for line in missing_protections()), end="", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

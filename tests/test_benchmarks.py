@@ -425,6 +425,21 @@ def test_reference_solutions_pass_and_wrong_ones_say_why(bench, rows):
             assert not any(record["verdicts"].values()) and "AssertionError" in record["why"]["base"]
 
 
+def test_plus_counts_on_top_of_base(rows):
+    """A program that fails the base tests has not passed plus, whatever the plus tests say."""
+    row = {**rows["humaneval"]["test"][0], "tests": "assert False"}
+    record = {"task": "humaneval", "id": row["id"], "format": "chat", "completion": row["code"]}
+    assert evaluation.run_tests(TASKS["humaneval"], [record], [row], evaluation.Settings())[0]["verdicts"] == {"base": False, "plus": False}
+
+
+def test_what_the_sandbox_lacks_is_said_once(bench, monkeypatch, capsys):
+    monkeypatch.setattr("data.sandbox.missing_protections", lambda: ["no moat: a program can swim"])
+    evaluation.say_protections.cache_clear()
+    evaluation.check_references(evaluation.Settings(tasks=("humaneval", "mbpp"), allow_code_execution=True, limit=1))
+    assert capsys.readouterr().out.count("sandbox: no moat: a program can swim\n") == 1
+    evaluation.say_protections.cache_clear()
+
+
 def test_reference_solutions_can_be_scored_without_a_model(bench, capsys):
     names = ("gsm8k", "svamp", "math500", "humaneval", "mbpp", "mbpp_plus")
     found = evaluation.check_references(evaluation.Settings(tasks=names, allow_code_execution=True, limit=40))
