@@ -15,8 +15,9 @@ import argparse
 import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,7 @@ class AdapterLinear(nn.Module):
         super().__init__()
         rows, cols = base.weight.shape
         self.weight, self.scale, self.dropout, self.kind = base.weight, config.scale, config.dropout, config.kind
+        self.active = True  # False: y = W x (see switched)
         device = base.weight.device
         A = (2 * torch.rand(config.rank, cols, generator=generator(seed, name + ".lora_A")) - 1) / math.sqrt(cols)
         self.lora_A = nn.Parameter(A.to(device))  # kaiming-uniform with a = sqrt(5), as peft/tuners/lora/layer.py
@@ -164,6 +166,8 @@ class AdapterLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight)
+        if not self.active:
+            return y
         dropped = F.dropout(x, self.dropout, self.training)
         update = self.scale * F.linear(F.linear(dropped, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
         if self.kind != "dora":
@@ -304,10 +308,15 @@ class SidePath(nn.Module):
 
     def read(self, x: Tensor, w: Tensor, v: Tensor, num: Tensor, den: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One chunk: x (B,C,D), w (B,C,M), v (B,C,r) and the sums so far -> y (B,C,r) and the sums after it."""
+        z, num, den = self.remember(w, v, num, den)
+        return self.remix(z, x), num, den
+
+    def remember(self, w: Tensor, v: Tensor, num: Tensor, den: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Memory z = num / den (B,C,M,r) after each token of one chunk, and the sums after it."""
         nums = num[:, None] + (w[..., None] * v[:, :, None]).cumsum(1)  # (B,C,M,r)
         dens = den[:, None] + w.cumsum(1)  # (B,C,M)
-        y = self.remix(nums / dens.clamp_min(TINY)[..., None], x)
-        return y, nums[:, -1].clone(), dens[:, -1].clone()  # clones, so that no chunk's whole memory stays alive
+        z = nums / dens.clamp_min(TINY)[..., None]
+        return z, nums[:, -1].clone(), dens[:, -1].clone()  # clones, so that no chunk's whole memory stays alive
 
     def remix(self, z: Tensor, x: Tensor) -> Tensor:
         """Memory z (B,C,M,r) and tokens x (B,C,D) -> y (B,C,r)."""
@@ -426,6 +435,34 @@ def report(model: Transformer) -> str:
         if members:
             lines.append(f"trainable {group:10} {len(members):5} tensors {count:13,} parameters {100 * count / backbone:8.3f} % of the backbone")
     return "\n".join([*lines, f"trainable total      {'':13} {total:13,} parameters {100 * total / backbone:8.3f} % of {backbone:,}"])
+
+
+class Instead(nn.Module):
+    """What stands in a side path's place: h' = call(h, lengths), the state left as it came."""
+
+    def __init__(self, call: Callable[[Tensor, Tensor | None], Tensor]) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, h: Tensor, state: Any = None, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
+        return self.call(h, lengths), state
+
+
+@contextlib.contextmanager
+def switched(model: Transformer, adapter: bool, call: Callable[[int, SidePath, Tensor, Tensor | None], Tensor]) -> Iterator[None]:
+    """For a while: y = W x without its adapter unless `adapter`, and h' = call(layer, side path, h, lengths) for each side path."""
+    linears = [module for module in model.modules() if isinstance(module, AdapterLinear)]
+    blocks = [block for block in model.model.layers if block.side_path is not None]
+    before = [(x, "active", x.active) for x in linears] + [(x, "side_path", x.side_path) for x in blocks]
+    try:
+        for linear in linears:
+            linear.active = linear.active and adapter
+        for block in blocks:
+            block.side_path = Instead(partial(call, block.layer, block.side_path))
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

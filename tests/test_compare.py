@@ -37,7 +37,7 @@ RESULTS = {
 def few_pictures(request, monkeypatch):
     """Drawing takes most of the time: only where a test's name speaks of it."""
     if "picture" not in request.node.name:
-        monkeypatch.setattr(evaluation, "plot", lambda result, file: False)
+        monkeypatch.setattr(evaluation, "draw_comparison", lambda result, file: False)
 
 
 def make_records(seed, chance, tasks=SIZES, samples=1, shift=0.0):
