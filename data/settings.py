@@ -12,9 +12,9 @@ from typing import Any, NoReturn, TypeVar
 T = TypeVar("T")
 
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field with its line of help."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def setting(default: Any, help: str, nargs: str = "+") -> Any:
+    """A dataclass field with its line of help; nargs "*": a tuple's flag may also come without a value, which gives ()."""
+    return dataclasses.field(default=default, metadata={"help": help, "nargs": nargs})
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,7 +38,7 @@ def build_parser(kind: type, prog: str | None = None) -> Parser:
         if isinstance(field.default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         elif isinstance(field.default, tuple):
-            parser.add_argument(flag, nargs="+", metavar="X", **options)
+            parser.add_argument(flag, nargs=field.metadata.get("nargs", "+"), metavar="X", **options)
         else:
             parser.add_argument(flag, type=type(field.default), metavar=type(field.default).__name__.upper(), **options)
     return parser

@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import eval as evaluation  # noqa: E402
+import data.internals as evaluation  # noqa: E402
 import oracle  # noqa: E402
 import talan  # noqa: E402
 import train  # noqa: E402
