@@ -143,6 +143,29 @@ def raise_all(what: str, problems: list[str]) -> None:
 # Adapter
 # ---------------------------------------------------------------------------------------------------------------------
 
+class LowRank(torch.autograd.Function):
+    """y = W x + s B z, z = A x;  dx = W^T dy + A^T dz, dz = s B^T dy;  dA = dz x^T, dB = s dy z^T, and dW = dy x^T if W learns.
+
+    What autograd would do, but the sums are made inside the products and only x and z are kept. x (...,in) -> y (...,out).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])  # (N,in)
+        z = flat @ A.T  # (N,r)
+        ctx.save_for_backward(flat, z, W, A, B)
+        ctx.s, ctx.shape = s, x.shape
+        return (flat @ W.T).addmm_(z, B.T, alpha=s).view(*x.shape[:-1], -1)  # (...,out)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, z, W, A, B = ctx.saved_tensors
+        dy, needs = dy.reshape(-1, dy.shape[-1]), ctx.needs_input_grad
+        dz = ctx.s * (dy @ B)  # (N,r)
+        dx = (dy @ W).addmm_(dz, A).view(ctx.shape) if needs[0] else None
+        return dx, dy.T @ x if needs[1] else None, dz.T @ x if needs[2] else None, ctx.s * (dy.T @ z) if needs[3] else None, None
+
+
 class AdapterLinear(nn.Module):
     """A frozen linear map with a low-rank update; d is dropout, g = m / ||W + s B A||_row (Hu et al. 2021; Liu et al. 2024).
 
@@ -165,17 +188,18 @@ class AdapterLinear(nn.Module):
             self.lora_magnitude_vector = nn.Parameter(self.weight_squared.sqrt())
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight)
         if not self.active:
-            return y
-        dropped = F.dropout(x, self.dropout, self.training)
-        update = self.scale * F.linear(F.linear(dropped, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-        if self.kind != "dora":
-            return y + update
-        g = self.gain()
+            return F.linear(x, self.weight)
+        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         if self.training and self.dropout:
+            dropped, y = F.dropout(x, self.dropout, self.training), F.linear(x, self.weight)
+            update = self.scale * F.linear(F.linear(dropped, A), B)
+            if self.kind != "dora":
+                return y + update
+            g = self.gain()
             return (y + (g - 1) * F.linear(dropped, self.weight) + g * update).to(x.dtype)
-        return (g * (y + update)).to(x.dtype)
+        y = LowRank.apply(x, self.weight, A, B, self.scale)
+        return (self.gain() * y).to(x.dtype) if self.kind == "dora" else y
 
     def gain(self) -> Tensor:
         """g = m / ||W + s B A||_row (out,), the norm outside the graph; 1 where the norm is zero."""
