@@ -55,8 +55,6 @@ class Pass(NamedTuple):
 
 def read_parts(side: SidePath, h: Tensor, lengths: Tensor, memory: Memory | None = None) -> Reading:
     """SidePath.forward, step by step; with `memory`, its z in place of the sequence's own."""
-
-
     stream = h.float()
     x, (B, T, _), (M, r) = rms(stream), h.shape, side.slots.shape
     w, v, num, den = memory or (*side.compress(x, lengths), x.new_zeros(B, M, r), x.new_zeros(B, M))
@@ -75,8 +73,6 @@ def read_parts(side: SidePath, h: Tensor, lengths: Tensor, memory: Memory | None
 
 def run_pass(model: Transformer, tokens: Tensor, lengths: Tensor, adapter: bool, side: bool, memory: Mapping[int, Memory] | None = None) -> Pass:
     """tokens (B,T) through the model with its adapter and its side paths on or off, these with their own memory or that given by layer."""
-
-
     readings = {}
 
     def instead(layer: int, side_path: SidePath, h: Tensor, lengths: Tensor) -> Tensor:
@@ -224,8 +220,6 @@ def ablate(model: Transformer, group: Sequence[int], batch: Batch, lengths: Tens
 
 def measure_rows(model: Transformer, rows: Sequence[Row], settings: InternalsSettings) -> Found:
     """All passes over all rows, in batches of about equal lengths; the model is left as it was."""
-
-
     names = ["backbone", "adapter", "side path", "both"]
     if model.talan_config:
         names += ["swapped memory"] * (len(rows) > 1) + ["mean memory"]

@@ -88,8 +88,6 @@ def read_configs(paths: Sequence[str]) -> dict[str, ModelConfig]:
 
 def count_config(name: str, config: ModelConfig, settings: OverheadSettings) -> Record:
     """Counts of a model of this config with adapter and side path, on the meta device: no weights are needed. Raises ValueError."""
-
-
     with torch.device("meta"):
         model = Transformer(config)
     try:
@@ -183,8 +181,6 @@ def time_round(variants: Mapping[str, Transformer], order: Sequence[Sequence[str
 
 def measure_batch(variants: Mapping[str, Transformer], batch: int, settings: OverheadSettings) -> dict[str, dict[str, Record]]:
     """Phase -> variant -> seconds of every round and peak bytes, at this batch size; round 0 warms up and is left out."""
-
-
     first, clock = next(iter(variants.values())), time.process_time if settings.clock == "cpu" else time.perf_counter
     rng, draw = random.Random(f"{settings.seed} {batch}"), generator(settings.seed, "overhead", batch)
     tokens = torch.randint(first.config.vocab_size, (batch, settings.prompt + settings.steps), generator=draw).to(first.head_weight.device)

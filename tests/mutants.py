@@ -44,7 +44,8 @@ class Mutant:
 
 
 MODEL, TALAN, TRAIN, EVAL = "test_model.py", "test_oracle.py test_talan.py test_peft.py", "test_train.py test_labels.py", "test_eval.py"
-BENCH, COMPARE, RULES, PREPARE, SANDBOX = "test_benchmarks.py", "test_compare.py", "test_verdicts.py", "test_prepare.py", "test_sandbox.py"
+BENCH, COMPARE, RULES, PREPARE, SANDBOX, INSIDE, COST = "test_benchmarks.py", "test_compare.py", "test_verdicts.py", "test_prepare.py", "test_sandbox.py", \
+    "test_internals.py", "test_overhead.py"
 MUTANTS = [
     Mutant("mask off by one", "model.py", "+ 1) <= positions[", "+ 1) < positions[", MODEL),
     Mutant("mask sees one token ahead", "model.py", "+ 1) <= positions[:, None, :, None]", "+ 1) <= positions[:, None, :, None] + 1", MODEL),
@@ -128,6 +129,19 @@ MUTANTS = [
     Mutant("tests under the program's builtins", "data/sandbox.py", '{**names, "__builtins__": pristine}', "names", SANDBOX),
     Mutant("a late program is left alone", "data/sandbox.py", "late = len(output) + len(channel) > limits.output_bytes, time.monotonic() > deadline",
            "late = len(output) + len(channel) > limits.output_bytes, time.monotonic() > deadline + 99", SANDBOX),
+    Mutant("internals count a pad a row", "data/internals.py", "    real = (torch.arange(batch.tokens.shape[1]) < lengths[:, None])",
+           "    real = (torch.arange(batch.tokens.shape[1]) <= lengths[:, None])", INSIDE),
+    Mutant("swapped memory is the row's own", "data/internals.py", "np.roll(circle, -1)", "circle", INSIDE),
+    Mutant("divergence the other way round", "data/internals.py", "(p.exp() * (p - q))", "(q.exp() * (q - p))", INSIDE),
+    Mutant("improvement counted from the adapter on", "data/internals.py", 'gain = found.nll["backbone"] - ', 'gain = found.nll["adapter"] - ', INSIDE),
+    Mutant("adapter never off", "talan.py", "linear.active = linear.active and adapter", "linear.active = True", INSIDE),
+    Mutant("nothing switched back", "talan.py", "            setattr(owner, name, value)\n", "            pass\n", INSIDE),
+    Mutant("low-rank gradient of A unscaled", "talan.py", "dz = ctx.s * (dy @ B)", "dz = dy @ B", TALAN),
+    Mutant("low-rank part of dx lost", "talan.py", "(dy @ W).addmm_(dz, A)", "(dy @ W)", TALAN),
+    Mutant("adapter counted on its input side only", "data/overhead.py", "m.lora_A.numel() + m.lora_B.numel()", "m.lora_A.numel()", COST),
+    Mutant("warm-up counted", "data/overhead.py", "                if n:\n", "                if True:\n", COST),
+    Mutant("ratios unpaired", "data/overhead.py", "ratios = np.divide(times, base)", "ratios = np.divide(times, np.median(base))", COST),
+    Mutant("live adapter merged too", "data/overhead.py", 'merge_adapter(forms["merged"])', '[merge_adapter(forms[f]) for f in ("merged", "live")]', COST),
 ]
 
 

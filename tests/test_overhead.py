@@ -21,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import model as model_file
 from model import Cache, ModelConfig, Transformer, generator, load_model
 from talan import MIXERS, TARGETS, WRITEBACKS, AdapterConfig, SidePath, TalanConfig, attach, save_adapter
 
