@@ -107,8 +107,8 @@ def run(*names, folder=None):
 
 
 def left(home):
-    """Every file below the data folder, without sources.json."""
-    return sorted(str(file.relative_to(home)) for file in home.rglob("*") if file.is_file() and file.name != "sources.json")
+    """Every file below the data folder, without sources.json and compiled modules."""
+    return sorted(str(file.relative_to(home)) for file in home.rglob("*") if file.is_file() and file.name != "sources.json" and file.suffix != ".pyc")
 
 
 def local(tmp_path, content=RAW, name="toy/test.jsonl"):
