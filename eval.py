@@ -379,7 +379,7 @@ def compare_table(base: dict[str, Record], adapted: dict[str, Record]) -> str:
 
 def score(settings: Settings) -> dict[str, Record]:
     """Score every item; writes records.jsonl and results.json, prints the table, returns the summaries. Raises ValueError."""
-    from model import choose_device, choose_dtype, header, load_model, load_tokenizer
+    from model import choose_device, choose_dtype, header, keep_freed_memory, load_model, load_tokenizer
     from talan import load_adapter
 
     tasks = find_tasks(settings.tasks)
@@ -387,6 +387,7 @@ def score(settings: Settings) -> dict[str, Record]:
     items = {task.name: load_items(task, settings.limit) for task in tasks}
     pools = {task.name: load_pool(task) if settings.shots else [] for task in tasks}
     device, backbone = choose_device(settings.device), settings.backbone or recorded_backbone(settings.adapter)
+    keep_freed_memory()
     model, tokenizer = load_model(backbone, device, choose_dtype(settings.dtype, device)), load_tokenizer(backbone)
     if settings.adapter:
         load_adapter(model, settings.adapter)

@@ -97,7 +97,7 @@ from tqdm import tqdm
 
 from data.rows import Message, check_messages, parse_object, read_lines
 from eval import Settings as EvalSettings, compare_table, find_tasks, load_items, score
-from model import Tokenizer, Transformer, atomic, choose_device, choose_dtype, generator, header
+from model import Tokenizer, Transformer, atomic, choose_device, choose_dtype, generator, header, keep_freed_memory
 from model import load_model, load_tokenizer, pad_rows, read_json, save_model
 from talan import AdapterConfig, TalanConfig, attach, attached, checkpoint_folder, group_of, report, save_adapter
 
@@ -627,6 +627,7 @@ def main(explicit: dict[str, Any]) -> None:
     settings = Settings(**explicit)
     run, settings = choose_run(settings, explicit)
     device = choose_device(settings.device)
+    keep_freed_memory()
     if settings.tasks != ("none",):
         for task in find_tasks(settings.tasks):
             load_items(task)  # a bad task file must not be found out after hours of training

@@ -3,23 +3,26 @@
 Every model here starts from perturbed weights (norm weights, adapters and side path too): zeros and ones hide wiring bugs.
 """
 
+import ctypes
 import dataclasses
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import (Cache, ModelConfig, Transformer, choose, choose_device, choose_dtype, generate, inverse_frequencies, load_model,
-                   load_tokenizer, pad_rows, resolve_folder, save_model)
+from model import (Cache, ModelConfig, Transformer, choose, choose_device, choose_dtype, generate, inverse_frequencies, keep_freed_memory,
+                   load_model, load_tokenizer, pad_rows, resolve_folder, save_model)
 from talan import AdapterConfig, TalanConfig, attach
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -1038,3 +1041,17 @@ def test_init_weights_draws_each_tensor_from_its_own_generator(model):
     assert not torch.equal(one.model.layers[1].mlp.up_proj.weight, one.model.layers[1].mlp.gate_proj.weight)
     assert 0.018 < one.model.embed_tokens.weight.std().item() < 0.022 and bool((one.model.norm.weight == 1).all())
     assert 0.007 < one.model.layers[0].mlp.down_proj.weight.std().item() < 0.0093
+
+
+def test_freed_memory_is_kept_where_malloc_can(monkeypatch):
+    """Its two options are accepted on glibc; elsewhere nothing is called."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        assert libc.mallopt(-3, 32 << 20) == 1 and libc.mallopt(-1, 2**31 - 1) == 1
+    called = []
+    monkeypatch.setattr("model.ctypes.CDLL", lambda name: SimpleNamespace(mallopt=lambda *args: called.append(args)))
+    keep_freed_memory()
+    assert called == ([(-3, 32 << 20), (-1, 2**31 - 1)] if platform.libc_ver()[0] == "glibc" else [])
+    monkeypatch.setattr("model.platform.libc_ver", lambda: ("", ""))
+    keep_freed_memory()
+    assert len(called) in (0, 2)
