@@ -666,6 +666,7 @@ def all_tables(entry: Record, settings: Settings) -> Iterator[Table]:
 
 NOTES = """Ratios: median over rounds of neighbouring calls, in brackets the 5-95 % spread of the rounds. A shared machine's pace changes by tens of
 per cent: compare ratios and not seconds, and believe no difference smaller than its spread. Peak: load, an empty optimizer step and one step.
+ours compiled stands beside theirs compiled in the tables, beside the better of their two in the targets.
 """
 
 
