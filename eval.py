@@ -1,4 +1,4 @@
-"""Evaluation: `python eval.py [score] --adapter RUN`, `python eval.py compare --baseline RUN... --candidate RUN...`.
+"""Evaluation: `python eval.py [score] --adapter RUN`, `python eval.py compare --baseline RUN... --candidate RUN...`, internals, overhead.
 
 One task = load rows, build the prompt, generate or compare likelihoods, extract the answer, grade it: pure functions but for the
 model's part, one JSONL record an example, so that records can be scored again without a model. What differs between benchmarks
@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Settings:
-    """Score a backbone, alone or with a saved adapter and side path, on benchmarks. Other commands: compare (--help after the word)."""
+    """Score a backbone, alone or with a saved adapter and side path, on benchmarks. Other commands (--help after the word): compare, internals, overhead."""
 
     backbone: str = setting("", "Hugging Face folder or hub id; empty: the adapter's own, else the embedded one")
     adapter: str = setting("", "run folder or PEFT folder; empty: the bare backbone")
