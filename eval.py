@@ -20,7 +20,10 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Settings:
-    """Score a backbone, alone or with a saved adapter and side path, on benchmarks. Other commands (--help after the word): compare, internals, overhead."""
+    """Score a backbone, alone or with a saved adapter and side path, on benchmarks.
+
+    Other commands, --help after the word: compare, internals, overhead.
+    """
 
     backbone: str = setting("", "Hugging Face folder or hub id; empty: the adapter's own, else the embedded one")
     adapter: str = setting("", "run folder or PEFT folder; empty: the bare backbone")
