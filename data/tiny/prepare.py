@@ -2,6 +2,7 @@
 
     python data/tiny/prepare.py                 everything (pretraining takes most of an hour on two cores)
     python data/tiny/prepare.py --stage data    the rows only
+    python data/tiny/prepare.py --size 8m       another backbone on the same rows: data/tiny/model-8m, not committed
 """
 
 import json
@@ -54,6 +55,14 @@ MODEL_CONFIG = {
     "pad_token_id": 0,
     "torch_dtype": "bfloat16",
 }
+# Size -> what differs from the committed model, which is 2m, and its pretraining steps. Millions of parameters: 0.9, 1.8, 4.1, 8.1, 1.8.
+SIZES: dict[str, tuple[dict[str, object], int]] = {
+    "1m": ({"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 5, "head_dim": 32}, 6_000),
+    "2m": ({}, 12_500),
+    "4m": ({"hidden_size": 224, "intermediate_size": 576, "num_hidden_layers": 7, "num_attention_heads": 6}, 6_000),
+    "8m": ({"hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 9, "num_attention_heads": 6}, 6_000),
+    "llama": ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, 6_000),
+}
 
 
 @dataclass(frozen=True)
@@ -61,17 +70,23 @@ class Settings:
     """Regenerate the tiny model and its data from seeds. Without flags: everything, pretraining included."""
 
     stage: str = setting("all", "data, tokenizer, pretrain or all")
+    size: str = setting("2m", f"which backbone: {', '.join(SIZES)}; 2m is the committed one, llama is as large")
     seed: int = setting(0, "seeds the rows, the random weights and the order of pretraining")
     out: str = setting(str(HERE), "folder of the rows and of model/")
     work: str = setting(str(ROOT / "runs" / "tiny-pretrain"), "scratch folder: pretraining rows, start and run")
     conversations: int = setting(200_000, "pretraining conversations")
     tokenizer_rows: int = setting(20_000, "conversations the tokenizer is trained on")
-    steps: int = setting(12_500, "pretraining steps")
+    steps: int = setting(0, "pretraining steps; 0: as many as SIZES says")
     step_tokens: int = setting(2_048, "tokens of one pretraining step, padding included")
     lr: float = setting(2e-3, "peak learning rate of pretraining")
     warmup: float = setting(0.02, "share of the steps with a linearly rising rate")
     weight_decay: float = setting(0.1, "AdamW's decoupled weight decay")
     clip: float = setting(1.0, "largest global gradient norm")
+
+    @property
+    def folder(self) -> Path:
+        """Where the finished model goes."""
+        return Path(self.out) / ("model" if self.size == "2m" else f"model-{self.size}")
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -173,11 +188,11 @@ def tokenizer_config() -> dict[str, object]:
 
 def make_tokenizer(settings: Settings) -> None:
     """Write the tokenizer and the configuration files of the model folder."""
-    folder = Path(settings.out) / "model"
+    folder = settings.folder
     text = train_tokenizer(tokenizer_texts(settings), MODEL_CONFIG["vocab_size"])
     write_text(folder / "tokenizer.json", text)
     write_json(folder / "tokenizer_config.json", tokenizer_config())
-    write_json(folder / "config.json", MODEL_CONFIG)
+    write_json(folder / "config.json", MODEL_CONFIG | SIZES[settings.size][0])
     stops = {"eos_token_id": [2, 0], "pad_token_id": 0, "do_sample": False}
     write_json(folder / "generation_config.json", stops)
 
@@ -191,8 +206,8 @@ def make_start(settings: Settings) -> Path:
 
     from model import ModelConfig, Transformer
 
-    start = Path(settings.work) / "start"
-    source = Path(settings.out) / "model"
+    start = Path(settings.work) / settings.size / "start"
+    source = settings.folder
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         write_text(start / name, (source / name).read_text(encoding="utf-8"))
     model = Transformer(ModelConfig.from_dir(start))
@@ -208,7 +223,8 @@ def train_command(settings: Settings, start: Path, run: Path) -> list[str]:
         "--scope": "full", "--adapter": "none", "--backbone": start, "--data": pretrain_file(settings), "--out": run,
         "--dtype": "float32", "--device": "cpu", "--tasks": "none", "--eval-every": 500, "--save-every": 500,
     }  # fmt: skip
-    for name in ("steps", "step_tokens", "lr", "warmup", "weight_decay", "clip", "seed"):
+    flags["--steps"] = settings.steps or SIZES[settings.size][1]
+    for name in ("step_tokens", "lr", "warmup", "weight_decay", "clip", "seed"):
         flags["--" + name.replace("_", "-")] = getattr(settings, name)
     resume = ["--resume"] if run.exists() else []
     return [sys.executable, "train.py", "--no-talan", *(str(x) for pair in flags.items() for x in pair), *resume]
@@ -221,20 +237,22 @@ def pretrain(settings: Settings) -> None:
 
     if not pretrain_file(settings).exists():
         make_data(settings)
-    run = Path(settings.work) / "run"
-    start = Path(settings.work) / "start"
+    run = Path(settings.work) / settings.size / "run"
+    start = run.with_name("start")
     start = start if run.exists() else make_start(settings)
     subprocess.run(train_command(settings, start, run), cwd=ROOT, check=True)
     weights = {name: value.to(torch.bfloat16) for name, value in load_file(run / "model.safetensors").items()}
-    target = Path(settings.out) / "model" / "model.safetensors"
+    target = settings.folder / "model.safetensors"
     write_atomic(target, lambda path: save_file(weights, path, metadata={"format": "pt"}))
 
 
 def main(settings: Settings) -> None:
-    """Run the chosen stages and print how long each took. Raises ValueError on an unknown stage."""
+    """Run the chosen stages and print how long each took. Raises ValueError on an unknown stage or size."""
     stages = {"data": make_data, "tokenizer": make_tokenizer, "pretrain": pretrain}
     if settings.stage not in (*stages, "all"):
         raise ValueError(f"stage: expected one of {', '.join((*stages, 'all'))}, found {settings.stage!r}")
+    if settings.size not in SIZES:
+        raise ValueError(f"size: expected one of {', '.join(SIZES)}, found {settings.size!r}")
     for name, stage in stages.items():
         if settings.stage in (name, "all"):
             began = time.perf_counter()
