@@ -237,6 +237,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+def project(x: Tensor, *maps: nn.Module) -> Sequence[Tensor]:
+    """[map(x) for each map]; maps of one type with a method `together` share what they can (adapters do: one product for all their A)."""
+    together = getattr(maps[0], "together", None)
+    return together(x, maps) if together and len({type(each) for each in maps}) == 1 else [each(x) for each in maps]
+
+
 @dataclass
 class Context:
     """What one forward call hands to every block."""
@@ -266,14 +272,27 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B,H,T,Dh)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B,K,T,Dh)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B,K,T,Dh)
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.transpose(1, 2) for y in (self.q_norm(q), self.k_norm(k), v))  # (B,H,T,Dh), twice (B,K,T,Dh)
         q, k = rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin)
         if ctx.cache is not None:
             k, v = ctx.cache.append(self.layer, k, v, ctx)  # (B,K,S,Dh)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=ctx.mask, is_causal=ctx.mask is None, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B,T,D)
+
+
+class SwiGLU(torch.autograd.Function):
+    """y = silu(g) u;  dg = dy u silu'(g), du = dy silu(g). Only g and u are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, u: Tensor) -> Tensor:
+        ctx.save_for_backward(g, u)
+        return F.silu(g).mul_(u)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        g, u = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(dy * u, g), F.silu(g).mul_(dy)
 
 
 class MLP(nn.Module):
@@ -286,7 +305,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)  # (B,T,F)
+        return self.down_proj(SwiGLU.apply(gate, up))
 
 
 class Block(nn.Module):
@@ -747,9 +767,9 @@ def template_source(settings: dict[str, Any], folder: Path) -> str:
 # Generation
 # ---------------------------------------------------------------------------------------------------------------------
 
-def pad_rows(rows: Sequence[Sequence[int]], device: Any = "cpu") -> tuple[Tensor, Tensor]:
-    """Rows of ids as tokens (B,T), zeros on the right, and their lengths (B,)."""
-    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+def pad_rows(rows: Sequence[Sequence[int]], device: Any = "cpu", multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Rows of ids as tokens (B,T), zeros on the right up to a multiple of `multiple`, and their lengths (B,)."""
+    tokens = torch.zeros(len(rows), -(-max(map(len, rows)) // multiple) * multiple, dtype=torch.int64)
     for b, row in enumerate(rows):
         tokens[b, :len(row)] = torch.tensor(row, dtype=torch.int64)
     return tokens.to(device), torch.tensor([len(row) for row in rows])
@@ -793,7 +813,7 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_token
         """Choose the next token of these rows from their last hidden states (n,D); retire rows that are done."""
         ids = [rows[b] for b in which]
         u = torch.stack([draws[i][len(out[i])] for i in ids])
-        chosen = choose(model.logits(hidden).float(), temperature, top_p, u).tolist()
+        chosen = choose(model.logits(hidden), temperature, top_p, u).tolist()
         for b, i, token in zip(which, ids, chosen):
             out[i].append(token)
             last[b] = token

@@ -15,7 +15,7 @@ import argparse
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -144,26 +144,52 @@ def raise_all(what: str, problems: list[str]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 class LowRank(torch.autograd.Function):
-    """y = W x + s B z, z = A x;  dx = W^T dy + A^T dz, dz = s B^T dy;  dA = dz x^T, dB = s dy z^T, and dW = dy x^T if W learns.
+    """y_i = W_i x + s B_i z_i, z_i = A_i x, for maps of one input x: their A are one product.
 
-    What autograd would do, but the sums are made inside the products and only x and z are kept. x (...,in) -> y (...,out).
+    dz_i = s B_i^T dy_i;  dx = sum_i W_i^T dy_i + A_i^T dz_i;  dA_i = dz_i x^T, dB_i = s dy_i z_i^T, and dW_i = dy_i x^T if W_i learns.
+    What autograd would do, but the sums are made inside the products and only x and z are kept. x (...,in) -> y_i (...,out_i).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])  # (N,in)
-        z = flat @ A.T  # (N,r)
-        ctx.save_for_backward(flat, z, W, A, B)
+    def forward(ctx: Any, x: Tensor, s: float, count: int, *weights: Tensor) -> tuple[Tensor, ...]:
+        """weights: every W_i (out_i,in), then every A_i (r,in), then every B_i (out_i,r)."""
+        flat, W, A, B = x.reshape(-1, x.shape[-1]), weights[:count], torch.cat(weights[count:-count]), weights[-count:]  # (N,in), A (n r,in)
+        z = flat @ A.T  # (N,n r)
+        ctx.save_for_backward(flat, z, A, *W, *B)
         ctx.s, ctx.shape = s, x.shape
-        return (flat @ W.T).addmm_(z, B.T, alpha=s).view(*x.shape[:-1], -1)  # (...,out)
+        ys = [(flat @ w.T).addmm_(part, b.T, alpha=s) for w, b, part in zip(W, B, z.chunk(count, -1))]
+        return tuple(y.view(*x.shape[:-1], -1) for y in ys)  # (...,out_i)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, z, W, A, B = ctx.saved_tensors
-        dy, needs = dy.reshape(-1, dy.shape[-1]), ctx.needs_input_grad
-        dz = ctx.s * (dy @ B)  # (N,r)
-        dx = (dy @ W).addmm_(dz, A).view(ctx.shape) if needs[0] else None
-        return dx, dy.T @ x if needs[1] else None, dz.T @ x if needs[2] else None, ctx.s * (dy.T @ z) if needs[3] else None, None
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        x, z, A, *weights = ctx.saved_tensors
+        count, (need_x, _, _, *needs) = len(dys), ctx.needs_input_grad
+        dys, W, B = [dy.reshape(-1, dy.shape[-1]) for dy in dys], weights[:count], weights[count:]
+        dz = torch.cat([ctx.s * (dy @ b) for dy, b in zip(dys, B)], -1)  # (N,n r)
+        dx = dz @ A if need_x else None
+        for dy, w in zip(dys, W if need_x else ()):
+            dx.addmm_(dy, w)
+        dW = [dy.T @ x if need else None for dy, need in zip(dys, needs)]
+        dA = (dz.T @ x).chunk(count) if any(needs[count:]) else [None] * count
+        dB = [ctx.s * (dy.T @ part) if need else None for dy, part, need in zip(dys, z.chunk(count, -1), needs[-count:])]
+        return None if dx is None else dx.view(ctx.shape), None, None, *dW, *dA, *dB
+
+
+class RowGain(torch.autograd.Function):
+    """y' = g y as y + (g - 1) y, so that g = 1 changes nothing and g's rounding to y's dtype matters no more than that of y';
+    dy = g dy', dg = sum dy' y. y (...,out), g (out,) float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, g: Tensor) -> Tensor:
+        rest = (g - 1).to(y.dtype)
+        ctx.save_for_backward(y, rest)
+        return torch.addcmul(y, y, rest)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        y, rest = ctx.saved_tensors
+        return torch.addcmul(dy, dy, rest), (dy * y).flatten(0, -2).sum(0).float()
 
 
 class AdapterLinear(nn.Module):
@@ -190,16 +216,23 @@ class AdapterLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.active:
             return F.linear(x, self.weight)
+        if not (self.training and self.dropout):
+            return self.together(x, [self])[0]
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        if self.training and self.dropout:
-            dropped, y = F.dropout(x, self.dropout, self.training), F.linear(x, self.weight)
-            update = self.scale * F.linear(F.linear(dropped, A), B)
-            if self.kind != "dora":
-                return y + update
-            g = self.gain()
-            return (y + (g - 1) * F.linear(dropped, self.weight) + g * update).to(x.dtype)
-        y = LowRank.apply(x, self.weight, A, B, self.scale)
-        return (self.gain() * y).to(x.dtype) if self.kind == "dora" else y
+        dropped, y = F.dropout(x, self.dropout, self.training), F.linear(x, self.weight)
+        update = self.scale * F.linear(F.linear(dropped, A), B)
+        if self.kind != "dora":
+            return y + update
+        g = self.gain()
+        return (y + (g - 1) * F.linear(dropped, self.weight) + g * update).to(x.dtype)
+
+    def together(self, x: Tensor, maps: Sequence[AdapterLinear]) -> Sequence[Tensor]:
+        """[map(x) for each map], maps of one adapter's kind; without dropout in one step."""
+        if not self.active or (self.training and self.dropout):
+            return [each(x) for each in maps]
+        A, B = ([getattr(each, name).to(x.dtype) for each in maps] for name in ("lora_A", "lora_B"))
+        ys = LowRank.apply(x, self.scale, len(maps), *(each.weight for each in maps), *A, *B)
+        return [RowGain.apply(y, each.gain()) for each, y in zip(maps, ys)] if self.kind == "dora" else ys
 
     def gain(self) -> Tensor:
         """g = m / ||W + s B A||_row (out,), the norm outside the graph; 1 where the norm is zero."""

@@ -57,7 +57,7 @@ class Settings:
     clip: float = setting(1.0, "largest global gradient norm; 0: no clipping")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
     dtype: str = setting("auto", "backbone dtype: float32 or bfloat16; auto: bfloat16 on a GPU")
-    compile: bool = setting(False, "torch.compile the model")
+    compile: bool = setting(False, "torch.compile the blocks")
     checkpointing: bool = setting(False, "recompute each block in backward: less memory, more time")
     log_every: int = setting(10, "steps between printed lines (metrics.jsonl has every step)")
     eval_every: int = setting(50, "steps between losses on the held-out rows; 0: only at the end")
@@ -105,6 +105,7 @@ from talan import AdapterConfig, TalanConfig, attach, attached, checkpoint_folde
 # Rows -> token ids and labels
 # ---------------------------------------------------------------------------------------------------------------------
 
+MULTIPLE = 16  # batches are padded to a multiple of this: whole tiles for the kernels
 OPEN, CLOSE = "\ue0f0", "\ue0f1"  # private-use characters that mark an assistant's text while the template is rendered
 
 
@@ -114,6 +115,11 @@ class Row:
 
     ids: list[int]
     supervised: list[bool]
+
+    @property
+    def width(self) -> int:
+        """Tokens fed to the model, padding included, when this row is the longest of its batch: all but the last, rounded up."""
+        return -(-(len(self.ids) - 1) // MULTIPLE) * MULTIPLE
 
 
 def read_rows(file: str | Path) -> Iterator[tuple[str, list[Message]]]:
@@ -283,11 +289,12 @@ class Batch:
 
 def make_batch(rows: Sequence[Row], device: Any) -> Batch:
     """Position t predicts token t + 1, so the last token of a row is fed to nobody and the first is nobody's target."""
-    tokens, _ = pad_rows([row.ids for row in rows])  # (B,T+1)
-    labels, _ = pad_rows([[int(s) for s in row.supervised] for row in rows])  # (B,T+1), padding 0
-    places = labels[:, 1:].reshape(-1).nonzero()[:, 0]  # (N,)
-    targets = tokens[:, 1:].reshape(-1)[places]  # (N,)
-    return Batch(*(t.to(device, non_blocking=True) for t in (tokens[:, :-1].contiguous(), places, targets)))
+    tokens, _ = pad_rows([row.ids[:-1] for row in rows], multiple=MULTIPLE)  # (B,T)
+    following, _ = pad_rows([row.ids[1:] for row in rows], multiple=MULTIPLE)
+    labels, _ = pad_rows([[int(s) for s in row.supervised[1:]] for row in rows], multiple=MULTIPLE)  # padding 0
+    places = labels.view(-1).nonzero()[:, 0]  # (N,)
+    targets = following.view(-1)[places]  # (N,)
+    return Batch(*(t.to(device, non_blocking=True) for t in (tokens, places, targets)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,14 +313,13 @@ class CrossEntropySum(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         d_hidden = torch.empty_like(hidden) if learn else None
         d_weight = torch.zeros_like(weight) if learn and weight.requires_grad else None
-        size = max(1, (1 << 24) // weight.shape[0])  # 64 MiB of float32 logits
+        size = max(1, (1 << (26 if hidden.is_cuda else 23)) // weight.shape[0])  # 256 MiB of float32 logits, on a CPU 32 MiB
         for start in range(0, len(hidden), size):
             h, target = hidden[start:start + size], targets[start:start + size, None]
-            logits = (h @ weight.T).float()  # (chunk,V)
-            lse = logits.logsumexp(-1, keepdim=True)
-            total += (lse - logits.gather(-1, target)).sum()
+            log_p = (h @ weight.T).log_softmax(-1, dtype=torch.float32)  # (chunk,V)
+            total -= log_p.gather(-1, target).sum()
             if learn:
-                p = logits.sub_(lse).exp_()
+                p = log_p.exp_()
                 p.scatter_add_(-1, target, p.new_full((1, 1), -1.0).expand_as(target))
                 p = p.to(weight.dtype)
                 d_hidden[start:start + size] = p @ weight
@@ -338,8 +344,8 @@ def mean_loss(model: Transformer, rows: Sequence[Row], budget: int, device: Any)
     """Mean cross-entropy over all supervised tokens of these rows, in eval mode; draws no random number."""
     training, total, count = model.training, 0.0, 0
     model.eval()
-    order = sorted(range(len(rows)), key=lambda n: len(rows[n].ids))
-    for group in pack(order, [len(row.ids) for row in rows], budget):
+    order = sorted(range(len(rows)), key=lambda n: rows[n].width)
+    for group in pack(order, [row.width for row in rows], budget):
         batch = make_batch([rows[n] for n in group], device)
         total, count = total + loss_sum(model, batch, model.head_weight).item(), count + len(batch.targets)
     model.train(training)
@@ -361,6 +367,12 @@ def build_model(settings: Settings, device: torch.device) -> Transformer:
     model = load_model(settings.backbone, device, dtype)
     attach(model, adapter, talan, settings.scope, settings.seed)
     return model
+
+
+def compile_blocks(model: Transformer) -> None:
+    """torch.compile each block, in place: all have the code of the first, so a deep model compiles as fast as a shallow one."""
+    for block in model.model.layers:
+        block.compile(dynamic=True)
 
 
 def parse_layers(words: Sequence[str]) -> tuple[int | float, ...]:
@@ -532,10 +544,11 @@ def train(settings: Settings, run: Path, model: Transformer, rows: list[Row], de
     optimizer = build_optimizer(model, settings)
     first = load_checkpoint(run, model, optimizer)
     metrics = Metrics(run, first or -1)
-    lengths = [len(row.ids) for row in rows]
+    lengths = [row.width for row in rows]
     steps = settings.steps or max(1, round(settings.epochs * len(plan_epoch(lengths, settings.step_tokens, 0, settings.seed, 0))))
     budget = settings.micro_tokens or settings.step_tokens
-    forward = torch.compile(model, dynamic=True) if settings.compile else model
+    if settings.compile:
+        compile_blocks(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     if first == 0:
         metrics.write(kind="run", step=0, **header(asdict(settings), device), steps=steps, trainable=sum(p.numel() for p in trainable))
@@ -552,7 +565,7 @@ def train(settings: Settings, run: Path, model: Transformer, rows: list[Row], de
         count = sum(len(batch.targets) for batch in batches)
         total = torch.zeros((), device=device)
         for batch in batches:
-            loss = loss_sum(forward, batch, model.head_weight)
+            loss = loss_sum(model, batch, model.head_weight)
             (loss / count).backward()
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(trainable, settings.clip or math.inf)
@@ -607,7 +620,7 @@ def dry_run(settings: Settings, model: Transformer, tokenizer: Tokenizer, rows: 
     print(json.dumps(asdict(settings), indent=2))
     print(report(model))
     tokens, supervised = sum(len(row.ids) for row in rows), sum(sum(row.supervised) for row in rows)
-    epoch = plan_epoch([len(row.ids) for row in rows], settings.step_tokens, settings.micro_tokens, settings.seed, 0)
+    epoch = plan_epoch([row.width for row in rows], settings.step_tokens, settings.micro_tokens, settings.seed, 0)
     print(f"{len(rows):,} rows, {tokens:,} tokens, {supervised:,} supervised ({100 * supervised / tokens:.1f} %), {len(epoch):,} steps an epoch")
     print(f"first micro-batch of {len(epoch[0])}, supervised tokens in [[ ]]:\n" + show_batch([rows[n] for n in epoch[0][0]], tokenizer))
 

@@ -161,7 +161,6 @@ class Side:
     logits: Callable[[Any, Tensor], Any]  # a forward pass of (backbone, tokens), logits included
     batch: Callable[[int, int], Any]  # (length, n)
     loss: Callable[[Any, Any], Tensor]  # (model, batch), mean over supervised tokens
-    dynamic: bool | None = None  # as torch.compile takes it
     answers: Callable[[list[list[int]], list[int]], list[list[int]]]  # (prompts, tokens wanted of each)
 
     def __init__(self, settings: Settings, backbone: str) -> None:
@@ -172,7 +171,7 @@ class Side:
     @functools.cached_property
     def compiled(self) -> Any:
         """The model compiled; torch compiles it within its first step."""
-        return torch.compile(self.model, dynamic=self.dynamic)
+        return torch.compile(self.model)
 
     def switch(self, side: bool) -> None:
         """Theirs has no side path to switch."""
@@ -308,13 +307,12 @@ class Theirs(Side):
 class Ours(Side):
     """This repository: the adapter that peft saved, a side path with the default settings that can be switched on, train.py's step."""
 
-    dynamic = True  # as train.py --compile
-
     def imports(self) -> None:
         import model
         import talan
         import train
         self.lib, self.talan, self.train = model, talan, train
+        model.keep_freed_memory()  # as train.py does
 
     def read(self) -> Any:
         return self.lib.load_model(self.backbone, self.device, self.dtype)
@@ -338,6 +336,14 @@ class Ours(Side):
         """The side path in its place, or none: without one its parameters get no gradient and AdamW leaves them out."""
         for block, path in self.paths:
             block.side_path = path if side else None
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        """As train.py --compile, on a model of its own that shares the weights."""
+        from data.overhead import share
+        twin = share(self.model)
+        self.train.compile_blocks(twin)
+        return twin
 
     def logits(self, model: Any, tokens: Tensor) -> Any:
         return model.logits(model(tokens))

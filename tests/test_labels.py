@@ -305,16 +305,23 @@ def test_trap_3_places_and_targets_equal_a_slow_reference():
     rows = [Row([7], [True]), Row([0, 0], [True, True]), Row([5, 0, 6], [False, False, True])]
     rows += [Row([rng.randrange(9) for _ in range(n)], [rng.random() < 0.5 for _ in range(n)]) for n in (2, 9, 4, 7, 9, 3)]
     batch = make_batch(rows, "cpu")
-    assert batch.tokens.shape == (len(rows), 8)  # the longest row without its last token, which predicts nothing
+    assert batch.tokens.shape == (len(rows), 16) and [row.width for row in rows] == [0, *[16] * (len(rows) - 1)]
     want = [(b, t, row.ids[t + 1]) for b, row in enumerate(rows) for t in range(len(row.ids) - 1) if row.supervised[t + 1]]
-    assert [(p // 8, p % 8, target) for p, target in zip(batch.places.tolist(), batch.targets.tolist(), strict=True)] == want
-    assert [row[:len(r.ids)] for row, r in zip(batch.tokens.tolist(), rows)] == [r.ids[:8] for r in rows]
-    assert not any(any(row[len(r.ids):]) for row, r in zip(batch.tokens.tolist(), rows))  # zeros behind each row
+    assert [(p // 16, p % 16, target) for p, target in zip(batch.places.tolist(), batch.targets.tolist(), strict=True)] == want
+    assert [row[:len(r.ids) - 1] for row, r in zip(batch.tokens.tolist(), rows)] == [r.ids[:-1] for r in rows]  # the last predicts nothing
+    assert not any(any(row[len(r.ids) - 1:]) for row, r in zip(batch.tokens.tolist(), rows))  # zeros behind each row
 
 
 def test_trap_3_a_hand_written_batch():
     """"hi yo <end>" and "hi so so <end>", answers supervised: each place is one before its target, and no pad is a target."""
     batch = make_batch([Row([10, 20, 1, 9], [False, True, True, False]), Row([10, 30, 30, 1, 9], [False, True, True, True, False])], "cpu")
-    assert batch.tokens.tolist() == [[10, 20, 1, 9], [10, 30, 30, 1]]
-    assert batch.places.tolist() == [0, 1, 4, 5, 6]
+    assert batch.tokens.tolist() == [[10, 20, 1] + 13 * [0], [10, 30, 30, 1] + 12 * [0]]
+    assert batch.places.tolist() == [0, 1, 16, 17, 18]
     assert batch.targets.tolist() == [20, 1, 30, 30, 1]
+
+
+@pytest.mark.parametrize("length, width", [(2, 16), (16, 16), (17, 16), (18, 32), (33, 32), (34, 48)])
+def test_a_batch_is_as_wide_as_its_longest_row_says(length, width):
+    """All tokens but the last are fed, rounded up to a multiple of 16; plans count the same width."""
+    rows = [Row([5] * length, [True] * length), Row([6, 7], [False, True])]
+    assert rows[0].width == width == make_batch(rows, "cpu").tokens.shape[1]

@@ -151,7 +151,7 @@ def test_trap_1_micro_batches_give_the_gradients_of_the_whole_step(tiny, tmp_pat
     parts = start(tiny, tmp_path / "parts", steps=1, step_tokens=1600, micro_tokens=400, clip=0.0, **changes)
     assert len(caught.batches) >= 4 and len({sum(map(len, rows)) for rows in caught.batches}) > 2  # micro-batches of different sizes
     assert metrics(whole)[2]["supervised"] == metrics(parts)[2]["supervised"]
-    assert metrics(whole)[2]["loss"] == pytest.approx(metrics(parts)[2]["loss"], abs=1e-6)
+    assert metrics(whole)[2]["loss"] == pytest.approx(metrics(parts)[2]["loss"], rel=3e-7)  # a float32 sum
     for one, two in zip(*caught.gradients, strict=True):
         assert one.norm() > 0 and (one - two).norm() <= 3e-6 * one.norm().clamp_min(1)  # float32 summed in another order
 
