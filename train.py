@@ -697,7 +697,7 @@ def main(explicit: dict[str, Any]) -> None:
     run, settings = choose_run(settings, explicit)
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, at its first product
-    torch.use_deterministic_algorithms(settings.deterministic)
+        torch.use_deterministic_algorithms(True)
     device = choose_device(settings.device)
     keep_freed_memory()
     if settings.tasks != ("none",):
