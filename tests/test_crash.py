@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -30,7 +31,7 @@ import test_train  # noqa: E402
 import train  # noqa: E402
 from crashes import PHASES, Server  # noqa: E402
 
-tiny = test_train.tiny
+tiny, signals = test_train.tiny, test_train.signals
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +100,9 @@ def assert_finished(run, whole):
 
 
 def test_killed_at_operations_on_the_file_system_and_resumed(server, settings, whole, tmp_path):
-    """At every 29th of them, from the first, each in a run of its own; the slow tests take hundreds of moments, and several a run."""
+    """At every 37th of them, from the first, each in a run of its own; the slow tests take hundreds of moments, and several a run."""
     reference, ended = whole
-    for at in range(1, ended.operations, 29):
+    for at in range(1, ended.operations, 37):
         stopped = server.run(tmp_path / str(at), settings, at=at)
         assert stopped.status == -signal.SIGKILL and stopped.operations == at
         assert_usable(tmp_path / str(at) / "run", reference)
@@ -292,13 +293,25 @@ def test_read_only_disk(server, settings, whole, tmp_path):
     assert_same_run(tmp_path / "copy", whole[0])
 
 
-def test_a_folder_that_cannot_be_made(tiny, tmp_path):
-    """From the command line: one line and exit code 1."""
+def as_command(monkeypatch, tiny, out):
+    """train.py as a script, here; returns what it exits with: a number, or one line for the standard error and exit code 1."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *test_train.command(test_train.flags(tiny, out))])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    return end.value.code
+
+
+def test_a_folder_that_cannot_be_made(tiny, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    words = test_train.command(test_train.flags(tiny, tmp_path / "file/run"))
-    done = test_train.python(str(ROOT / "train.py"), *words)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"train.py: {tmp_path}/file/run: cannot be written: [Errno 20]")
-    assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == [tmp_path / "file"]
+    message = as_command(monkeypatch, tiny, tmp_path / "file/run")
+    assert message.startswith(f"train.py: {tmp_path}/file/run: cannot be written: [Errno 20]") and "\n" not in message
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_ctrl_c_while_it_loads_is_130_without_a_traceback(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "load_tokenizer", lambda _: signal.raise_signal(signal.SIGINT))
+    assert as_command(monkeypatch, tiny, tmp_path / "run") == 130
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------- power cuts: what is on the disk before what

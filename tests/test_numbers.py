@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import test_train  # noqa: E402
 import train  # noqa: E402
 from model import generator, load_model  # noqa: E402
-from talan import SidePath, TalanConfig, load_adapter, running_sum  # noqa: E402
+from talan import MIXERS, SidePath, TalanConfig, load_adapter, running_sum  # noqa: E402
 
 tiny, signals = test_train.tiny, test_train.signals
 RUN = {"steps": 6, "save_every": 3, "eval_every": 0, "dropout": 0.1, "step_tokens": 1000, "micro_tokens": 300}
@@ -227,8 +227,9 @@ def build(mixer, width, case):
     return side, h
 
 
-@pytest.mark.parametrize("case", ["random", "aligned", "first"])
-@pytest.mark.parametrize("mixer, width", [("linear", 64), ("mlp", 64), ("attention", 64), ("linear", 1024), ("mlp", 512), ("attention", 1024)])
+@pytest.mark.parametrize("mixer, width, case", [
+    *((mixer, 64, case) for mixer in MIXERS for case in ("random", "aligned", "first")),
+    *((mixer, 512 if mixer == "mlp" else 1024, case) for mixer in MIXERS for case in ("aligned", "first"))])
 def test_sums_over_16k_tokens_keep_four_digits(mixer, width, case):
     """d = w_out y in float32 against float64: each token's within 1e-4 of its largest element, whatever the weights."""
     side, h = build(mixer, width, case)

@@ -15,11 +15,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import model  # noqa: E402
 import test_train  # noqa: E402
 import train  # noqa: E402
 from data.settings import given, nearest  # noqa: E402
 from data.tasks import find_tasks  # noqa: E402
-from model import choose_dtype  # noqa: E402
 
 tiny, signals, contents, start = test_train.tiny, test_train.signals, test_train.contents, test_train.start
 RUN = {"steps": 5, "save_every": 2, "eval_every": 2, "dropout": 0.1, "micro_tokens": 200, "seed": 3, "mixer": "mlp", "adapter": "dora"}
@@ -57,35 +57,33 @@ def assert_equal_runs(a, b):
 
 
 def test_the_record_says_what_a_run_was_started_with(tiny, original):
-    record, model = record_of(original), Path(tiny.model)
+    record, folder = record_of(original), Path(tiny.model)
     assert record["settings"] == json.loads((original / "settings.json").read_text()) and record["settings"]["seed"] == 3
     assert record["data_sha256"] == {tiny.rows: hashlib.sha256(Path(tiny.rows).read_bytes()).hexdigest()}
-    assert record["backbone_sha256"] == {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in model.iterdir()}
+    assert record["backbone_sha256"] == {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
     assert {"config.json", "tokenizer.json", "model.safetensors"} <= record["backbone_sha256"].keys() and len(record["fingerprint"]) == 64
     assert record["python"] == platform.python_version() and record["versions"]["torch"] == torch.__version__ and record["device"] == "cpu"
     assert f"{torch.get_num_threads()} threads" in record["hardware"]
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_the_record_names_commit_and_changes(tmp_path):
+def test_the_record_names_commit_and_changes(tmp_path, monkeypatch):
     """A commit, and -dirty behind it when the code has changes that are not in it."""
     def git(*words):
         subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True, capture_output=True)
 
     def commit():
-        code = "import torch, model; print(model.header({}, torch.device('cpu'))['commit'])"
-        return subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+        return model.header({}, torch.device("cpu"))["commit"]
 
-    shutil.copy(ROOT / "model.py", tmp_path)
-    shutil.copytree(ROOT / "data", tmp_path / "data", ignore=lambda folder, names: [n for n in names if n != "settings.py"])
-    (tmp_path / ".gitignore").write_text("__pycache__/\n")
+    monkeypatch.setattr(model, "__file__", str(tmp_path / "model.py"))
+    assert commit() is None  # no repository
+    (tmp_path / "model.py").write_text("")
     git("init", "-q")
     git("add", "-A")
     git("commit", "-qm", "first")
     clean = commit()
     assert len(clean) == 12 and int(clean, 16) >= 0
-    with open(tmp_path / "model.py", "a") as f:
-        f.write("\n")
+    (tmp_path / "model.py").write_text("pass")
     assert commit() == clean + "-dirty"
 
 
@@ -270,7 +268,7 @@ def test_a_misspelt_value_names_the_nearest(tiny, tmp_path, changes, hint):
 def test_a_hint_is_given_only_when_there_is_one():
     assert nearest("zzz", ("lora", "dora")) == "" and nearest(3, ("lora",)) == ""
     with pytest.raises(ValueError, match="found 'zzz'$"):
-        choose_dtype("zzz", torch.device("cpu"))
+        model.choose_dtype("zzz", torch.device("cpu"))
     with pytest.raises(ValueError, match="found none$"):
         find_tasks(())
     for words, hints in ((["--rank", "four"], []), (["--dropuot=1", "--sede", "2"], ["--dropout", "--seed"]), (["--seed"], [])):
