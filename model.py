@@ -471,9 +471,10 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def header(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Settings, commit, versions and hardware of this run."""
-    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
-    return {"settings": settings, "commit": git.stdout.strip() or None, "device": str(device),
+    """Settings, commit (-dirty: with changes; None: no git, or no repository), versions and hardware of this run."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    return {"settings": settings, "commit": commit or None, "device": str(device),
             "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()}, "
             f"{torch.get_num_threads()} threads", "python": platform.python_version(),
             "versions": {m.__name__: m.__version__ for m in (torch, numpy, tokenizers, safetensors)}}

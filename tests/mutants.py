@@ -178,6 +178,8 @@ MUTANTS = [
     Mutant("deterministic algorithms never on", "train.py", "torch.use_deterministic_algorithms(True)", "pass", REPEAT),
     Mutant("cuBLAS without its workspace", "train.py", 'os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")', "pass", REPEAT),
     Mutant("any name is near", "data/settings.py", "list(names), 1)", "list(names), 1, 0)", REPEAT),
+    Mutant("no git is a crash", "model.py", ' if shutil.which("git") else ""', "", REPEAT),
+    Mutant("ctrl-c is a traceback", "train.py", "    except KeyboardInterrupt:\n", "    except ZeroDivisionError:\n", CRASH),
 ]
 
 

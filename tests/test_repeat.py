@@ -85,6 +85,8 @@ def test_the_record_names_commit_and_changes(tmp_path, monkeypatch):
     assert len(clean) == 12 and int(clean, 16) >= 0
     (tmp_path / "model.py").write_text("pass")
     assert commit() == clean + "-dirty"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit() is None  # no git
 
 
 # ---------------------------------------------------------------- the same again
