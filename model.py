@@ -41,6 +41,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from data.settings import nearest
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Config
 # ---------------------------------------------------------------------------------------------------------------------
@@ -484,14 +486,15 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """auto: bfloat16 on a GPU, float32 on a CPU. Raises ValueError on any other name."""
     names = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
     if name not in names:
-        raise ValueError(f"dtype: expected one of {', '.join(names)}, found {name!r}")
+        raise ValueError(f"dtype: expected one of {', '.join(names)}, found {name!r}{nearest(name, names)}")
     return names[name]
 
 
 def header(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Settings, commit, versions and hardware of this run."""
-    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
-    return {"settings": settings, "commit": git.stdout.strip() or None, "device": str(device),
+    """Settings, commit (-dirty: with changes; None: no git, or no repository), versions and hardware of this run."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    return {"settings": settings, "commit": commit or None, "device": str(device),
             "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()}, "
             f"{torch.get_num_threads()} threads", "python": platform.python_version(),
             "versions": {m.__name__: m.__version__ for m in (torch, numpy, tokenizers, safetensors)}}
@@ -553,6 +556,12 @@ def fingerprint(config: ModelConfig, folder: Path) -> str:
     return digest.hexdigest()
 
 
+def file_hash(file: str | Path) -> str:
+    """sha256 of a file's bytes, read piece by piece."""
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> the safetensors file that holds it, from model.safetensors or the index of its shards."""
     index = folder / "model.safetensors.index.json"
@@ -607,15 +616,31 @@ def check_tensors(model: Transformer, files: dict[str, Path], folder: Path) -> N
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """A temporary file or folder beside `path`, renamed to it when the block ends well and removed when it does not."""
+    """A temporary file or folder beside `path`, renamed to it when the block ends well and removed when it does not.
+
+    The disk has all of it before the rename, and the rename before this ends: a power cut leaves the old or the new, whole.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield tmp
+        for part in (*tmp.rglob("*"), tmp):
+            sync(part)
         os.replace(tmp, path)
+        sync(path.parent)
     finally:
         shutil.rmtree(tmp) if tmp.is_dir() else tmp.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Return once the disk has this file's bytes, or this folder's names (fsync(2)); Windows cannot open a folder for it."""
+    if os.name == "posix":
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def save_model(model: Transformer, folder: str | Path, backbone_only: bool = False) -> None:

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from data.settings import nearest
 from model import ModelConfig, Transformer, atomic, generator, load_model, read_json, read_tensor, save_model, tensor_info
 
 KINDS = ("none", "lora", "dora", "rslora")
@@ -122,7 +123,7 @@ class TalanConfig:
 def check_choice(problems: list[str], name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Add a line to problems unless value is one of those allowed."""
     if value not in allowed:
-        problems.append(f"{name}: expected one of {', '.join(allowed)}, found {value!r}")
+        problems.append(f"{name}: expected one of {', '.join(allowed)}, found {value!r}{nearest(value, allowed)}")
 
 
 def check_number(problems: list[str], name: str, value: Any, low: float, below: float = math.inf, above: bool = False, whole: bool = False) -> None:
@@ -268,6 +269,13 @@ def rms(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
 
+def running_sum(x: Tensor) -> Tensor:
+    """sum_{u<=t} x_u of x (B,C,...); with deterministic algorithms a product with a triangle of ones, as torch has no such cumsum on GPUs."""
+    if torch.are_deterministic_algorithms_enabled():
+        return (x.new_ones(x.shape[1], x.shape[1]).tril() @ x.flatten(2)).view_as(x)
+    return x.cumsum(1)
+
+
 class ScaleGrad(torch.autograd.Function):
     """Identity forward; the gradient times g backward."""
 
@@ -370,8 +378,8 @@ class SidePath(nn.Module):
 
     def remember(self, w: Tensor, v: Tensor, num: Tensor, den: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Memory z = num / den (B,C,M,r) after each token of one chunk, and the sums after it."""
-        nums = num[:, None] + (w[..., None] * v[:, :, None]).cumsum(1)  # (B,C,M,r)
-        dens = den[:, None] + w.cumsum(1)  # (B,C,M)
+        nums = num[:, None] + running_sum(w[..., None] * v[:, :, None])  # (B,C,M,r)
+        dens = den[:, None] + running_sum(w)  # (B,C,M)
         z = nums / dens.clamp_min(TINY)[..., None]
         return z, nums[:, -1].clone(), dens[:, -1].clone()  # clones, so that no chunk's whole memory stays alive
 

@@ -8,7 +8,7 @@ Shapes: B rows, T tokens, N supervised tokens of a micro-batch, D hidden size, V
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from data.settings import given, setting
@@ -63,15 +63,18 @@ class Settings:
     eval_every: int = setting(50, "steps between losses on the held-out rows; 0: only at the end")
     save_every: int = setting(50, "steps between checkpoints; 0: only at the end")
     dry_run: bool = setting(False, "print settings, parameters, counts and one marked batch; train nothing")
+    deterministic: bool = setting(False, "fail rather than run a GPU kernel whose result varies; sets CUBLAS_WORKSPACE_CONFIG=:4096:8 "
+                                         "where the environment has none")
+    repeat: str = setting("", "run folder whose recorded settings to start again with, in --out; no other flag goes with it")
     resume: bool = setting(False, "go on with the run in --out, by its own settings")
     overwrite: bool = setting(False, "delete the run in --out first")
 
     def __post_init__(self) -> None:
         """Raise ValueError that lists every number out of range."""
-        above = [n for n in ("epochs", "step_tokens", "max_tokens", "lr") if not getattr(self, n) > 0]
+        above = [n for n in ("epochs", "step_tokens", "max_tokens", "lr") if not 0 < getattr(self, n) < float("inf")]
         least = [n for n in ("steps", "dev_rows", "micro_tokens", "min_lr", "warmup", "weight_decay", "clip", "talan_lr_scale",
-                             "log_every", "eval_every", "save_every") if not getattr(self, n) >= 0]
-        wrong = [f"--{n.replace('_', '-')}: expected a number {'above' if n in above else 'of at least'} 0, found {getattr(self, n)}"
+                             "log_every", "eval_every", "save_every") if not 0 <= getattr(self, n) < float("inf")]
+        wrong = [f"--{n.replace('_', '-')}: expected a finite number {'above' if n in above else 'of at least'} 0, found {getattr(self, n)}"
                  for n in above + least]
         if wrong:
             raise ValueError("settings:\n  " + "\n  ".join(wrong))
@@ -88,17 +91,19 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from data.record import check_record, describe, read_record
 from data.rows import Message, check_messages, parse_object, read_lines
 from eval import Settings as EvalSettings, compare_table, find_tasks, load_items, score
-from model import Tokenizer, Transformer, atomic, choose_device, choose_dtype, generator, header, keep_freed_memory
-from model import load_model, load_tokenizer, pad_rows, read_json, save_model
+from model import Tokenizer, Transformer, atomic, choose_device, choose_dtype, generator, keep_freed_memory
+from model import load_model, load_tokenizer, pad_rows, read_json, save_model, sync
 from talan import AdapterConfig, TalanConfig, attach, attached, checkpoint_folder, group_of, report, save_adapter
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,6 +410,7 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each paramete
 
 def save_checkpoint(run: Path, step: int, model: Transformer, optimizer: torch.optim.AdamW) -> None:
     """RUN/step-N, complete or absent: adapter and side path (scope full: the weights), optimizer state. Older ones are removed."""
+    sync(run / "metrics.jsonl")  # a checkpoint never knows more steps than the metrics
     with atomic(run / f"step-{step:07d}") as tmp:
         if any(group_of(name) == "backbone" and p.requires_grad for name, p in model.named_parameters()):
             model.source = str(run)  # what the adapter beside it belongs to
@@ -479,8 +485,14 @@ class Metrics:
         return False
 
     def write(self, **values: Any) -> None:
-        with open(self.file, "a") as f:
-            f.write(json.dumps(values) + "\n")
+        """Append a line. Raises OSError, with the file as it was, when the disk has no room for all of it."""
+        before = self.file.stat().st_size
+        try:
+            with open(self.file, "a") as f:
+                f.write(json.dumps(values) + "\n")
+        except OSError:
+            os.truncate(self.file, before)
+            raise
 
 
 class Interrupt:
@@ -506,31 +518,82 @@ def choose_run(settings: Settings, explicit: dict[str, Any]) -> tuple[Path, Sett
     run = Path(settings.out or next(f"runs/{n}" for n in range(1, 1 << 30) if not Path(f"runs/{n}").exists()))
     stored = run / "settings.json"
     if not settings.resume or not stored.exists():
-        taken = run.exists() and (not run.is_dir() or any(run.iterdir()))
+        taken = run.exists() and (not run.is_dir() or any(not file.match(".settings.json.*.tmp") for file in run.iterdir()))
         if taken and not settings.dry_run and not (settings.overwrite and stored.exists()):
             raise ValueError(f"{run}: exists; " + ("--resume goes on with it, --overwrite deletes the run in it" if stored.exists() else
                                                    "it holds no run, so it is neither resumed nor overwritten"))
         return run, settings
-    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in read_json(stored).items()}
-    differ = [f"{k}: this command says {v}, the run has {saved.get(k)}" for k, v in explicit.items()
-              if k not in ("out", "resume", "overwrite") and v != saved.get(k)]
+    saved = restore(read_json(stored), stored)
+    differ = [f"{k}: this command says {v}, the run has {getattr(saved, k)}" for k, v in explicit.items()
+              if k not in ("out", "resume", "overwrite") and v != getattr(saved, k)]
     if differ:
         raise ValueError(f"{run}: cannot resume with other settings:\n  " + "\n  ".join(differ))
-    return run, Settings(**saved | {"resume": True})
+    return run, replace(saved, resume=True)
 
 
 def make_run(run: Path, settings: Settings) -> None:
-    """Make the run folder, or clear what a killed run left half written in it."""
+    """Make the run folder; clear what a killed run left half written or half deleted."""
+    for leftover in [*run.glob(".*.tmp"), *run.glob(".*.old"), *run.parent.glob(f".{run.name}.*.old")]:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     if settings.resume and (run / "settings.json").exists():
-        for leftover in [*run.glob(".*.tmp"), *run.glob(".*.old")]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         return
     if settings.resume:
         print(f"{run}: nothing to resume, starting at step 0")
     if settings.overwrite and run.exists():
         remove_folder(run)
     with atomic(run / "settings.json") as tmp:
-        tmp.write_text(json.dumps(asdict(settings) | {"resume": False, "overwrite": False}, indent=2) + "\n")
+        tmp.write_text(json.dumps(asdict(kept(settings)), indent=2) + "\n")
+
+
+def kept(settings: Settings) -> Settings:
+    """The settings as a run keeps them: without those that say how this command came to it."""
+    return replace(settings, resume=False, overwrite=False, repeat="")
+
+
+def restore(saved: dict[str, Any], where: str | Path) -> Settings:
+    """Settings from JSON, lists as tuples. Raises ValueError that lists the names that are none."""
+    unknown = sorted(set(saved) - set(Settings.__dataclass_fields__))
+    if unknown:
+        raise ValueError(f"{where}: holds settings that this code does not have: {', '.join(unknown)}")
+    return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+
+
+@contextlib.contextmanager
+def writing(run: Path) -> Iterator[None]:
+    """Where the run folder is written to. Raises ValueError that names it when the disk is full, read-only, ..."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{run}: cannot be written: {error}; what it holds already is whole, and --resume goes on from there") from None
+
+
+def recorded_settings(explicit: dict[str, Any]) -> Settings:
+    """The settings of the run that --repeat names. Raises ValueError when it has no record, or another flag is given."""
+    run, others = explicit["repeat"], sorted(set(explicit) - {"repeat", "out"})
+    if others:
+        raise ValueError(f"--repeat takes every setting from the record of {run}; leave out {', '.join('--' + k.replace('_', '-') for k in others)}")
+    record = read_record(Path(run))
+    if not record:
+        raise ValueError(f"{run}: has no metrics.jsonl that begins with the record of a run")
+    return replace(restore(record["settings"], run), **{"out": ""} | explicit)
+
+
+def stop_nonfinite(run: Path, step: int, model: Transformer, rows: dict[int, Row], loss: float, norm: float, device: Any) -> NoReturn:
+    """Raise ValueError that names RUN/nonfinite-step-N, the only thing written. Its step.json has loss and gradient norm of the step, and
+    number, token ids and loss in eval mode of each row; gradients.safetensors the gradients before clipping whose norm is not finite."""
+    folder = run / f"nonfinite-step-{step:07d}"
+    gradients = {name: p.grad.cpu().contiguous() for name, p in model.named_parameters() if p.grad is not None and not p.grad.norm().isfinite()}
+    losses = {n: mean_loss(model, [row], len(row.ids), device) for n, row in rows.items()}
+    if folder.exists():
+        remove_folder(folder)
+    with atomic(folder) as tmp:
+        tmp.mkdir()
+        save_file(gradients, tmp / "gradients.safetensors")
+        info = {"step": step, "loss": str(loss), "grad_norm": str(norm), "gradients": sorted(gradients),
+                "rows": [{"row": n, "loss": str(losses[n]), "ids": row.ids} for n, row in rows.items()]}  # as text: JSON has no nan
+        (tmp / "step.json").write_text(json.dumps(info) + "\n")
+    raise ValueError(f"step {step}: loss {loss}, gradient norm {norm}: stopped before the weights changed; its rows and gradients are in "
+                     f"{folder}; the last checkpoint is as it was")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -538,9 +601,10 @@ def make_run(run: Path, settings: Settings) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def train(settings: Settings, run: Path, model: Transformer, rows: list[Row], dev: list[Row], device: torch.device,
-          interrupt: Interrupt) -> bool:
+          interrupt: Interrupt, record: dict[str, Any]) -> bool:
     """Train from the newest checkpoint in `run` to the last step; False when interrupted. The loss of a step is
-    sum over its supervised tokens / their number, over all its micro-batches."""
+    sum over its supervised tokens / their number, over all its micro-batches. Raises ValueError before the weights
+    would take a step whose loss or gradient is not finite."""
     optimizer = build_optimizer(model, settings)
     first = load_checkpoint(run, model, optimizer)
     metrics = Metrics(run, first or -1)
@@ -551,7 +615,7 @@ def train(settings: Settings, run: Path, model: Transformer, rows: list[Row], de
         compile_blocks(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     if first == 0:
-        metrics.write(kind="run", step=0, **header(asdict(settings), device), steps=steps, trainable=sum(p.numel() for p in trainable))
+        metrics.write(kind="run", step=0, **record, steps=steps, trainable=sum(p.numel() for p in trainable))
         metrics.write(kind="dev", step=0, loss=mean_loss(model, dev, budget, device))
     plan = plan_steps(lengths, settings)
     for _ in range(first):
@@ -559,30 +623,35 @@ def train(settings: Settings, run: Path, model: Transformer, rows: list[Row], de
     bar = tqdm(initial=first, total=steps, desc="train", unit="step", disable=None)
     model.train()
     for step in range(first + 1, steps + 1):
-        started = time.perf_counter()
+        started, micros = time.perf_counter(), next(plan)
         torch.manual_seed(generator(settings.seed, "dropout", step).initial_seed())  # the global stream serves dropout alone
-        batches = [make_batch([rows[n] for n in micro], device) for micro in next(plan)]
+        batches = [make_batch([rows[n] for n in micro], device) for micro in micros]
         count = sum(len(batch.targets) for batch in batches)
         total = torch.zeros((), device=device)
         for batch in batches:
             loss = loss_sum(model, batch, model.head_weight)
             (loss / count).backward()
             total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(trainable, settings.clip or math.inf)
+        size = nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
+        mean, norm = torch.stack((total, size)).tolist()  # the only wait for the device in a step
+        mean /= count
+        if not math.isfinite(mean) or not math.isfinite(norm):
+            stop_nonfinite(run, step, model, {n: rows[n] for micro in micros for n in micro}, mean, norm, device)
+        nn.utils.clip_grads_with_norm_(trainable, settings.clip or math.inf, size)
         rate = learning_rate(step, steps, settings)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tokens, seconds = sum(batch.tokens.numel() for batch in batches), time.perf_counter() - started
-        metrics.write(kind="step", step=step, loss=total.item() / count, lr=rate, grad_norm=norm.item(), tokens=tokens, supervised=count,
+        metrics.write(kind="step", step=step, loss=mean, lr=rate, grad_norm=norm, tokens=tokens, supervised=count,
                       seconds=round(seconds, 4))
         bar.update()
-        bar.set_postfix_str(f"loss {total.item() / count:.4f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
+        bar.set_postfix_str(f"loss {mean:.4f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
         stop = interrupt.asked
         last = step == steps or stop
         if settings.log_every and (step % settings.log_every == 0 or last):
-            tqdm.write(f"step {step}/{steps}  loss {total.item() / count:.4f}  lr {rate:.2e}  norm {norm:.3f}  {tokens / seconds:,.0f} tokens/s")
+            tqdm.write(f"step {step}/{steps}  loss {mean:.4f}  lr {rate:.2e}  norm {norm:.3f}  {tokens / seconds:,.0f} tokens/s")
         if step == steps or settings.eval_every and step % settings.eval_every == 0:
             metrics.write(kind="dev", step=step, loss=(dev_loss := mean_loss(model, dev, budget, device)))
             tqdm.write(f"step {step}/{steps}  held-out loss {dev_loss:.4f}")
@@ -636,9 +705,12 @@ def score_run(settings: Settings, run: Path, device: torch.device) -> None:
 
 
 def main(explicit: dict[str, Any]) -> None:
-    """Open the run, load, train, save, score. Raises SystemExit with one message on bad input; 130 when interrupted."""
-    settings = Settings(**explicit)
+    """Open the run, load, train, save, score. Raises ValueError on bad input, SystemExit(130) when interrupted."""
+    settings = recorded_settings(explicit) if explicit.get("repeat") else Settings(**explicit)
     run, settings = choose_run(settings, explicit)
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, at its first product
+        torch.use_deterministic_algorithms(True)
     device = choose_device(settings.device)
     keep_freed_memory()
     if settings.tasks != ("none",):
@@ -655,16 +727,20 @@ def main(explicit: dict[str, Any]) -> None:
         rows, dev = split_dev(rows, settings)
     if settings.dry_run:
         return dry_run(settings, model, tokenizer, rows)
-    make_run(run, settings)
-    print(f"run folder: {run}")
-    model.checkpointing = settings.checkpointing
-    with contextlib.closing(Interrupt()) as interrupt:
-        finished = train(settings, run, model, rows, dev, device, interrupt)
-    if not finished:
-        raise SystemExit(130)
-    finish_run(run)
-    if settings.tasks != ("none",):
-        score_run(settings, run, device)
+    record = describe(asdict(kept(settings)), settings.data + settings.dev_data, model, device)
+    if settings.repeat or read_record(run) and settings.resume:
+        check_record(settings.repeat or run, read_record(Path(settings.repeat or run)), record)
+    with writing(run):
+        make_run(run, settings)
+        print(f"run folder: {run}")
+        model.checkpointing = settings.checkpointing
+        with contextlib.closing(Interrupt()) as interrupt:
+            finished = train(settings, run, model, rows, dev, device, interrupt, record)
+        if not finished:
+            raise SystemExit(130)
+        finish_run(run)
+        if settings.tasks != ("none",):
+            score_run(settings, run, device)
     print(f"wrote {run}")
 
 
@@ -673,3 +749,5 @@ if __name__ == "__main__":
         main(GIVEN)
     except ValueError as error:
         raise SystemExit(f"train.py: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
@@ -17,13 +17,19 @@ def setting(default: Any, help: str, nargs: str = "+") -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "nargs": nargs})
 
 
+def nearest(word: Any, names: Iterable[str]) -> str:
+    """"; did you mean NAME?" with the one of the names that is most like the word; "" when none is."""
+    near = difflib.get_close_matches(str(word), list(names), 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, which names the nearest flag for one that does not exist."""
 
     def error(self, message: str) -> NoReturn:
         flags = [flag for action in self._actions for flag in action.option_strings]
-        near = {word: difflib.get_close_matches(word.split("=")[0], flags, 1) for word in message.split() if word.startswith("--")}
-        hints = "".join(f"; did you mean {match[0]}?" for word, match in near.items() if match and match[0] != word)
+        words = [word.split("=")[0].rstrip(":") for word in message.split() if word.startswith("--")]
+        hints = "".join(nearest(word, flags) for word in words if word not in flags)
         raise SystemExit(f"{self.prog}: {message}{hints} (--help lists every flag)")
 
 

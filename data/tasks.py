@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from data import arc, gsm8k, humaneval, math500, mbpp, mmlu_stem, svamp
 from data.rows import check_messages, parse_object, read_lines
+from data.settings import nearest
 from data.task import Row, Rule, Task, choose
 from data.tiny.tasks import TASKS as EMBEDDED
 from data.tiny.tasks import extract, grade
@@ -31,7 +32,8 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
     """Tasks by name; a path ending in .jsonl is a task of one's own. Raises ValueError that lists the unknown ones."""
     unknown = [name for name in names if name not in TASKS and not name.endswith(".jsonl")]
     if unknown or not names:
-        raise ValueError(f"tasks: expected some of {', '.join(TASKS)} or JSONL files, found {', '.join(unknown) or 'none'}")
+        raise ValueError(f"tasks: expected some of {', '.join(TASKS)} or JSONL files, found "
+                         + (", ".join(name + nearest(name, TASKS) for name in unknown) or "none"))
     tasks = [TASKS.get(name) or own(Path(name).stem, str(Path(name).resolve())) for name in names]
     if len({task.name for task in tasks}) < len(tasks):
         raise ValueError(f"tasks: each name may come once, found {', '.join(task.name for task in tasks)}")

@@ -46,6 +46,7 @@ class Mutant:
 MODEL, TALAN, TRAIN, EVAL = "test_model.py", "test_oracle.py test_talan.py test_peft.py", "test_train.py test_labels.py", "test_eval.py"
 BENCH, COMPARE, RULES, PREPARE, SANDBOX, INSIDE, COST = "test_benchmarks.py", "test_compare.py", "test_verdicts.py", "test_prepare.py", "test_sandbox.py", \
     "test_internals.py", "test_overhead.py"
+CRASH, NUMBERS, REPEAT = "test_crash.py", "test_numbers.py", "test_repeat.py"
 MUTANTS = [
     Mutant("mask off by one", "model.py", "+ 1) <= positions[", "+ 1) < positions[", MODEL),
     Mutant("mask sees one token ahead", "model.py", "+ 1) <= positions[:, None, :, None]", "+ 1) <= positions[:, None, :, None] + 1", MODEL),
@@ -147,6 +148,43 @@ MUTANTS = [
     Mutant("warm-up counted", "data/overhead.py", "                if n:\n", "                if True:\n", COST),
     Mutant("ratios unpaired", "data/overhead.py", "ratios = np.divide(times, base)", "ratios = np.divide(times, np.median(base))", COST),
     Mutant("live adapter merged too", "data/overhead.py", 'merge_adapter(forms["merged"])', '[merge_adapter(forms[f]) for f in ("merged", "live")]', COST),
+    Mutant("renamed before it is on the disk", "model.py", '        for part in (*tmp.rglob("*"), tmp):\n            sync(part)\n', "", CRASH),
+    Mutant("files of a folder not synced", "model.py", 'for part in (*tmp.rglob("*"), tmp):', "for part in (tmp,):", CRASH),
+    Mutant("rename not on the disk", "model.py", "        sync(path.parent)\n", "", CRASH),
+    Mutant("checkpoint older than the metrics lost", "train.py", '    sync(run / "metrics.jsonl")  # a checkpoint never knows more steps than the metrics\n', "", CRASH),
+    Mutant("half a line stays", "train.py", "            os.truncate(self.file, before)\n", "", CRASH),
+    Mutant("a start killed early is an obstacle", "train.py", 'any(not file.match(".settings.json.*.tmp") for file in run.iterdir())', "any(run.iterdir())", CRASH),
+    Mutant("a full disk is a traceback", "train.py", "except (OSError, SafetensorError) as error:", "except ZeroDivisionError as error:", CRASH),
+    Mutant("weights that do not fit are a traceback", "train.py", "except (OSError, SafetensorError) as error:", "except OSError as error:", CRASH),
+    Mutant("a step logged twice", "train.py", '.get("step", 0) <= step', '.get("step", 0) <= step + 1', CRASH),
+    Mutant("checkpoint written in place", "train.py", 'with atomic(run / f"step-{step:07d}") as tmp:', 'with contextlib.nullcontext(run / f"step-{step:07d}") as tmp:', CRASH),
+    Mutant("folder seen half deleted", "train.py", "    folder.rename(hidden)\n    shutil.rmtree(hidden)\n", "    shutil.rmtree(folder)\n", CRASH),
+    Mutant("folder moved aside stays", "train.py", ', *run.parent.glob(f".{run.name}.*.old")]', "]", CRASH),
+    Mutant("half a checkpoint stays", "train.py", 'for leftover in [*run.glob(".*.tmp"), ', "for leftover in [", CRASH),
+    Mutant("second signal waits too", "train.py", "signal.signal(which, signal.default_int_handler if which == signal.SIGINT else signal.SIG_DFL)", "pass", CRASH),
+    Mutant("a gradient that is not finite is stepped on", "train.py", "if not math.isfinite(mean) or not math.isfinite(norm):", "if not math.isfinite(mean):", NUMBERS),
+    Mutant("gradients kept after clipping", "train.py", "size = nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])",
+           "size = nn.utils.clip_grad_norm_(trainable, settings.clip)", NUMBERS),
+    Mutant("a gradient of infinite norm not kept", "train.py", "not p.grad.norm().isfinite()}", "not p.grad.isfinite().all()}", NUMBERS),
+    Mutant("host waits twice a step", "train.py", "mean, norm = torch.stack((total, size)).tolist()", "mean, norm = total.item(), size.item()", NUMBERS),
+    Mutant("infinite rate accepted", "train.py", 'if not 0 < getattr(self, n) < float("inf")]', "if not 0 < getattr(self, n)]", NUMBERS),
+    Mutant("kept over an old step in vain", "train.py", "    if folder.exists():\n        remove_folder(folder)\n", "", NUMBERS),
+    Mutant("rows of the step without a label kept", "train.py", "            if any(row.supervised[1:]):\n                rows.append(row)\n", "            rows.append(row)\n", NUMBERS),
+    Mutant("running sum sees the next token", "talan.py", ".tril()", ".tril(1)", NUMBERS),
+    Mutant("weights of the memory in bfloat16", "talan.py", "w = e.exp()\n", "w = e.exp().bfloat16().float()\n", NUMBERS),
+    Mutant("changed backbone accepted", "data/record.py", 'HASHED = ("data_sha256", "backbone_sha256")', 'HASHED = ("data_sha256",)', REPEAT),
+    Mutant("held-out rows not in the record", "train.py", "settings.data + settings.dev_data, model", "settings.data, model", REPEAT),
+    Mutant("chat template not in the record", "data/record.py", "for pattern in WANTED for", "for pattern in WANTED[:4] + WANTED[5:] for", REPEAT),
+    Mutant("resume does not look at the record", "train.py", "if settings.repeat or read_record(run) and settings.resume:", "if settings.repeat:", REPEAT),
+    Mutant("repeat into the old folder", "train.py", '{"out": ""} | explicit', "explicit", REPEAT),
+    Mutant("flags beside repeat ignored", "train.py", "    if others:\n", "    if False:\n", REPEAT),
+    Mutant("repeat goes into the record", "train.py", 'overwrite=False, repeat="")', "overwrite=False)", REPEAT),
+    Mutant("another commit passes in silence", "data/record.py", '(*HASHED, "commit", ', "(*HASHED, ", REPEAT),
+    Mutant("deterministic algorithms never on", "train.py", "torch.use_deterministic_algorithms(True)", "pass", REPEAT),
+    Mutant("cuBLAS without its workspace", "train.py", 'os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")', "pass", REPEAT),
+    Mutant("any name is near", "data/settings.py", "list(names), 1)", "list(names), 1, 0)", REPEAT),
+    Mutant("no git is a crash", "model.py", ' if shutil.which("git") else ""', "", REPEAT),
+    Mutant("ctrl-c is a traceback", "train.py", "    except KeyboardInterrupt:\n", "    except ZeroDivisionError:\n", CRASH),
 ]
 
 

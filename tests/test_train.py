@@ -122,18 +122,18 @@ def perturb(monkeypatch):
 
 def record(monkeypatch):
     """Catch the gradients of every step, before clipping, and the ids of every micro-batch that is trained on."""
-    caught, clip, make = SimpleNamespace(gradients=[], batches=[]), torch.nn.utils.clip_grad_norm_, train.make_batch
+    caught, norm, make = SimpleNamespace(gradients=[], batches=[]), torch.nn.utils.get_total_norm, train.make_batch
 
-    def clip_and_keep(parameters, *args):
-        caught.gradients.append([p.grad.clone() for p in parameters])
-        return clip(parameters, *args)
+    def norm_and_keep(gradients, *args):
+        caught.gradients.append([g.clone() for g in gradients])
+        return norm(gradients, *args)
 
     def make_and_keep(rows, device):
         if torch.is_grad_enabled():  # else it is a held-out one
             caught.batches.append([row.ids for row in rows])
         return make(rows, device)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_keep)
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", norm_and_keep)
     monkeypatch.setattr(train, "make_batch", make_and_keep)
     return caught
 
