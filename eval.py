@@ -381,7 +381,11 @@ def compare_table(base: dict[str, Record], adapted: dict[str, Record]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def score(settings: Settings) -> dict[str, Record]:
-    """Score every item; writes records.jsonl and results.json, prints the table, returns the summaries. Raises ValueError."""
+    """Score every item, shared by torchrun's processes; writes records.jsonl and results.json, prints the table, returns the summaries.
+
+    Raises ValueError.
+    """
+    from data.ranks import open_ranks
     from model import choose_device, choose_dtype, header, keep_freed_memory, load_model, load_tokenizer
     from talan import load_adapter
 
@@ -389,7 +393,8 @@ def score(settings: Settings) -> dict[str, Record]:
     check_permission(tasks, settings)
     items = {task.name: load_items(task, settings.limit) for task in tasks}
     pools = {task.name: load_pool(task) if settings.shots else [] for task in tasks}
-    device, backbone = choose_device(settings.device), settings.backbone or recorded_backbone(settings.adapter)
+    ranks, device_name = open_ranks(settings.device)
+    device, backbone = choose_device(device_name), settings.backbone or recorded_backbone(settings.adapter)
     keep_freed_memory()
     model, tokenizer = load_model(backbone, device, choose_dtype(settings.dtype, device)), load_tokenizer(backbone)
     if settings.adapter:
@@ -405,18 +410,22 @@ def score(settings: Settings) -> dict[str, Record]:
     for task in tasks:
         part, key = out / f".{task.name}.part", sha256(json.dumps([about, hashes[task.name]], sort_keys=True).encode())
         began = time.perf_counter()
-        done, seconds = load_part(part, key)
+        done, seconds = ranks.from_first(load_part(part, key) if ranks.first else ([], 0.0))
         if not done:
-            done = run_task(task, items[task.name], prompts[task.name], model, tokenizer, settings)
-            write_part(part, key, done, seconds := time.perf_counter() - began)
+            mine = slice(ranks.rank, None, ranks.world)
+            answers = run_task(task, items[task.name][mine], prompts[task.name][mine], range(len(items[task.name]))[mine], model, tokenizer, settings)
+            done, seconds = [record for each in ranks.join(answers) for record in each], time.perf_counter() - began
+            if ranks.first:
+                write_part(part, key, done, seconds)
         records, speed[task.name] = records + done, measure(done, seconds)
         summaries[task.name] = {**summary(done, pass_ks(settings)), **hashes[task.name]}
     total = measure(records, sum(each["seconds"] for each in speed.values()))
-    write_results(out, records, {**about, "tasks": summaries, "speed": speed, **total})
-    for task in tasks:
-        (out / f".{task.name}.part").unlink()
-    print(f"{backbone}{' + ' + settings.adapter if settings.adapter else ''}: {len(records)} answers in {total['seconds']:.1f} s "
-          f"({total['tokens_per_second']:,} tokens/s), records in {out}\n{score_table(summaries)}")
+    if ranks.first:
+        write_results(out, records, {**about, "tasks": summaries, "speed": speed, **total})
+        for task in tasks:
+            (out / f".{task.name}.part").unlink()
+        print(f"{backbone}{' + ' + settings.adapter if settings.adapter else ''}: {len(records)} answers in {total['seconds']:.1f} s "
+              f"({total['tokens_per_second']:,} tokens/s), records in {out}\n{score_table(summaries)}")
     return summaries
 
 
@@ -496,9 +505,9 @@ def adapter_sha256(adapter: str) -> str | None:
     return sha256(b"".join(sha256(f.read_bytes()).encode() for f in parts)) if parts else None
 
 
-def run_task(task: Task, items: Sequence[Record], prompts: Sequence[Prompt], model: Transformer, tokenizer: Tokenizer,
-             settings: Settings) -> list[Record]:
-    """Likelihoods, generation and verdicts of one task: one record an item and sample."""
+def run_task(task: Task, items: Sequence[Record], prompts: Sequence[Prompt], numbers: Sequence[int], model: Transformer, tokenizer: Tokenizer,
+             settings: Settings) -> list[list[Record]]:
+    """Likelihoods, generation and verdicts of one task: for each item a record of each sample. numbers: which items they are, for sampling."""
     begin = tokenizer.core.encode("").ids if settings.format == "plain" else []  # a chat template writes its own BOS
     encode = lambda text: begin + tokenizer.encode(text)  # noqa: E731
     wanted = task.kind == "choose" or settings.reference
@@ -507,10 +516,11 @@ def run_task(task: Task, items: Sequence[Record], prompts: Sequence[Prompt], mod
     records = [make_record(task, item, prompt, sums, [len(reply) for reply in replies], settings.format)
                for item, prompt, sums, (_, replies) in zip(items, prompts, likelihoods, parts)]
     if task.kind == "choose":
-        return [judge(task, record) for record in records]
-    answers = write_answers(task, [encode(p.text) for p in prompts], model, tokenizer, settings)
+        return [[judge(task, record)] for record in records]
+    answers = write_answers(task, [encode(p.text) for p in prompts], numbers, model, tokenizer, settings)
     records = [{**record, **answer} for record, some in zip(records, answers) for answer in some]
-    return run_tests(task, records, items, settings) if task.kind == "code" else [judge(task, record) for record in records]
+    records = run_tests(task, records, items, settings) if task.kind == "code" else [judge(task, record) for record in records]
+    return [records[i:i + settings.samples] for i in range(0, len(records), settings.samples)]
 
 
 def make_record(task: Task, item: Record, prompt: Prompt, sums: Sequence[float], sizes: Sequence[int], form: str) -> Record:
@@ -524,7 +534,8 @@ def make_record(task: Task, item: Record, prompt: Prompt, sums: Sequence[float],
     return {**record, "reference_logprob": sums[0], "reference_tokens": sizes[0]} if sums else record
 
 
-def write_answers(task: Task, prompts: Sequence[list[int]], model: Transformer, tokenizer: Tokenizer, settings: Settings) -> list[list[Record]]:
+def write_answers(task: Task, prompts: Sequence[list[int]], numbers: Sequence[int], model: Transformer, tokenizer: Tokenizer,
+                  settings: Settings) -> list[list[Record]]:
     """`samples` completions of each prompt: {sample, completion, tokens, truncated}; plain text is cut at the task's stops."""
     from model import generate
 
@@ -541,7 +552,7 @@ def write_answers(task: Task, prompts: Sequence[list[int]], model: Transformer, 
     limit, n = settings.max_new_tokens or task.max_new_tokens, settings.samples
     answers = generate(model, [ids for ids in prompts for _ in range(n)], limit, temperature=settings.temperature, top_p=settings.top_p,
                        seed=settings.seed, eos_ids=tokenizer.eos_ids, batch_rows=settings.batch_rows, prefill_tokens=settings.batch_tokens,
-                       ended=ended if stops else None)
+                       ended=ended if stops else None, numbers=[n * number + i for number in numbers for i in range(n)])
     out = []
     for i, ids in enumerate(answers):
         stopped = bool(ids) and ids[-1] in tokenizer.eos_ids
@@ -913,3 +924,6 @@ if __name__ == "__main__":
         main(WORD, GIVEN)
     except ValueError as error:
         raise SystemExit(f"eval.py: {error}") from None
+    finally:
+        if "data.ranks" in sys.modules:
+            sys.modules["data.ranks"].close_ranks()

@@ -815,16 +815,17 @@ def choose(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> Tenso
 @torch.no_grad()
 def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0,
              seed: int = 0, eos_ids: Iterable[int] = (), batch_rows: int = 16, prefill_tokens: int = 8192,
-             ended: Callable[[list[int]], bool] | None = None) -> list[list[int]]:
+             ended: Callable[[list[int]], bool] | None = None, numbers: Sequence[int] | None = None) -> list[list[int]]:
     """Continue each prompt until an id of eos_ids (kept as the last id), `ended(ids so far)` or max_new_tokens; in the prompts' order.
 
     `batch_rows` rows run at once and a finished row takes the next prompt; prompts are read up to `prefill_tokens` at a time,
-    padding included. Prompt i's n-th draw depends on (seed, i, n) only, so the batch does not change what is sampled.
+    padding included. Prompt i's n-th draw depends on (seed, i, n) only, so the batch does not change what is sampled; `numbers` are the
+    i where the prompts are some of many.
     Raises ValueError on bad prompts or settings.
     """
     check_generate(model, prompts, max_new_tokens, temperature, top_p, batch_rows)
     device, stop = model.head_weight.device, set(eos_ids)
-    draws = [torch.rand(max_new_tokens, dtype=torch.float64, generator=generator(seed, i)) for i in range(len(prompts))]
+    draws = [torch.rand(max_new_tokens, dtype=torch.float64, generator=generator(seed, i)) for i in numbers or range(len(prompts))]
     out: list[list[int]] = [[] for _ in prompts]
     queue = sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if max_new_tokens else []  # the longest first, from the end
     rows: list[int | None] = [None] * min(batch_rows, len(queue))  # which prompt each row works on

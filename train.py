@@ -58,6 +58,7 @@ class Settings:
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
     dtype: str = setting("auto", "backbone dtype: float32 or bfloat16; auto: bfloat16 on a GPU")
     compile: bool = setting(False, "torch.compile the blocks")
+    fsdp: bool = setting(False, "several GPUs: FSDP2 cuts the frozen backbone over them; torchrun without it: a whole one on each (DDP)")
     checkpointing: bool = setting(False, "recompute each block in backward: less memory, more time")
     log_every: int = setting(10, "steps between printed lines (metrics.jsonl has every step)")
     eval_every: int = setting(50, "steps between losses on the held-out rows; 0: only at the end")
@@ -100,6 +101,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.record import check_record, describe, read_record
+from data.ranks import Ranks, close_ranks, open_ranks, spread, summing
 from data.rows import Message, check_messages, parse_object, read_lines
 from eval import Settings as EvalSettings, compare_table, find_tasks, load_items, score
 from model import Tokenizer, Transformer, atomic, choose_device, choose_dtype, generator, keep_freed_memory
@@ -275,11 +277,11 @@ def pack(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[
     return groups
 
 
-def plan_steps(lengths: Sequence[int], settings: Settings) -> Iterator[Step]:
+def plan_steps(lengths: Sequence[int], settings: Settings, micro_tokens: int) -> Iterator[Step]:
     """The steps of epoch 0, 1, 2, ... for ever: a function of the seed, so a resumed run skips to its place."""
     epoch = 0
     while True:
-        yield from plan_epoch(lengths, settings.step_tokens, settings.micro_tokens, settings.seed, epoch)
+        yield from plan_epoch(lengths, settings.step_tokens, micro_tokens, settings.seed, epoch)
         epoch += 1
 
 
@@ -293,7 +295,11 @@ class Batch:
 
 
 def make_batch(rows: Sequence[Row], device: Any) -> Batch:
-    """Position t predicts token t + 1, so the last token of a row is fed to nobody and the first is nobody's target."""
+    """Position t predicts token t + 1, so the last token of a row is fed to nobody and the first is nobody's target.
+
+    No rows: one of padding without a target, for a process that must take part all the same.
+    """
+    rows = rows or [Row([0, 0], [False, False])]
     tokens, _ = pad_rows([row.ids[:-1] for row in rows], multiple=MULTIPLE)  # (B,T)
     following, _ = pad_rows([row.ids[1:] for row in rows], multiple=MULTIPLE)
     labels, _ = pad_rows([[int(s) for s in row.supervised[1:]] for row in rows], multiple=MULTIPLE)  # padding 0
@@ -338,22 +344,34 @@ class CrossEntropySum(torch.autograd.Function):
         return *(None if d is None else d * grad for d in ctx.saved_tensors), None, None
 
 
-def loss_sum(model: nn.Module, batch: Batch, weight: Tensor) -> Tensor:
-    """Cross-entropy summed over the batch's N supervised tokens; logits exist only there."""
-    hidden = model(batch.tokens).flatten(0, 1)[batch.places]  # (N,D)
-    return CrossEntropySum.apply(hidden, weight, batch.targets, torch.is_grad_enabled())
+def loss_sum(forward: nn.Module, batch: Batch, model: Transformer) -> Tensor:
+    """Cross-entropy summed over the batch's N supervised tokens; logits exist only there. forward: the model, as it may be wrapped."""
+    hidden = forward(batch.tokens).flatten(0, 1)[batch.places]  # (N,D)
+    return CrossEntropySum.apply(hidden, model.head_weight, batch.targets, torch.is_grad_enabled())
+
+
+def add_gradients(forward: nn.Module, model: Transformer, batches: Sequence[Batch], count: int, ranks: Ranks) -> Tensor:
+    """Gradients of (losses of all batches of all processes) / count into the parameters; returns the sum of this process' losses."""
+    total = torch.zeros((), device=batches[0].tokens.device)
+    for batch in batches:
+        with summing(forward, batch is batches[-1]):
+            loss = loss_sum(forward, batch, model)
+            (loss * (ranks.world / count)).backward()  # DDP takes the mean over the processes
+        total += loss.detach()
+    return total
 
 
 @torch.no_grad()
-def mean_loss(model: Transformer, rows: Sequence[Row], budget: int, device: Any) -> float:
-    """Mean cross-entropy over all supervised tokens of these rows, in eval mode; draws no random number."""
-    training, total, count = model.training, 0.0, 0
+def mean_loss(model: Transformer, rows: Sequence[Row], budget: int, device: Any, ranks: Ranks | None = None) -> float:
+    """Mean cross-entropy over all supervised tokens of these rows, in eval mode, shared by the processes; draws no random number."""
+    training, found, ranks = model.training, torch.zeros(2, dtype=torch.float64), ranks or Ranks()  # sum, tokens
     model.eval()
     order = sorted(range(len(rows)), key=lambda n: rows[n].width)
-    for group in pack(order, [row.width for row in rows], budget):
+    for group in ranks.share(pack(order, [row.width for row in rows], budget), []):
         batch = make_batch([rows[n] for n in group], device)
-        total, count = total + loss_sum(model, batch, model.head_weight).item(), count + len(batch.targets)
+        found += torch.tensor([loss_sum(model, batch, model).item(), len(batch.targets)], dtype=torch.float64)
     model.train(training)
+    total, count = ranks.sum(found.to(device)).tolist()
     return total / count
 
 
@@ -364,12 +382,14 @@ def mean_loss(model: Transformer, rows: Sequence[Row], budget: int, device: Any)
 def build_model(settings: Settings, device: torch.device) -> Transformer:
     """The backbone with adapter and side path attached as the settings say. Raises ValueError."""
     dtype = choose_dtype(settings.dtype, device)
+    if settings.scope == "full" and settings.fsdp:
+        raise ValueError("--fsdp cuts frozen weights only, and --scope full freezes none: leave one of them out")
     if settings.scope == "full" and dtype != torch.float32:
         raise ValueError(f"scope full trains the backbone, whose weights must then be float32, found {dtype}: use --dtype float32")
     adapter = AdapterConfig(settings.adapter, settings.rank, settings.alpha, settings.dropout, settings.targets)
     axes = {field.name: getattr(settings, field.name) for field in fields(TalanConfig)}
     talan = TalanConfig(**axes | {"layers": parse_layers(settings.layers)}) if settings.talan else None
-    model = load_model(settings.backbone, device, dtype)
+    model = load_model(settings.backbone, "cpu" if settings.fsdp else device, dtype)  # FSDP moves it block by block
     attach(model, adapter, talan, settings.scope, settings.seed)
     return model
 
@@ -471,8 +491,10 @@ def finish_run(run: Path) -> None:
 class Metrics:
     """metrics.jsonl of a run: one JSON object a line, appended at once; a resumed run drops what lies past its checkpoint."""
 
-    def __init__(self, run: Path, step: int) -> None:
-        self.file = run / "metrics.jsonl"
+    def __init__(self, run: Path, step: int, writes: bool = True) -> None:
+        self.file, self.writes = run / "metrics.jsonl", writes
+        if not writes:
+            return
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         with atomic(self.file) as tmp:
             tmp.write_text("".join(line + "\n" for line in lines if self.keeps(line, step)))
@@ -486,6 +508,8 @@ class Metrics:
 
     def write(self, **values: Any) -> None:
         """Append a line. Raises OSError, with the file as it was, when the disk has no room for all of it."""
+        if not self.writes:
+            return
         before = self.file.stat().st_size
         try:
             with open(self.file, "a") as f:
@@ -578,20 +602,21 @@ def recorded_settings(explicit: dict[str, Any]) -> Settings:
     return replace(restore(record["settings"], run), **{"out": ""} | explicit)
 
 
-def stop_nonfinite(run: Path, step: int, model: Transformer, rows: dict[int, Row], loss: float, norm: float, device: Any) -> NoReturn:
+def stop_nonfinite(run: Path, step: int, model: Transformer, rows: dict[int, Row], loss: float, norm: float, device: Any, first: bool) -> NoReturn:
     """Raise ValueError that names RUN/nonfinite-step-N, the only thing written. Its step.json has loss and gradient norm of the step, and
     number, token ids and loss in eval mode of each row; gradients.safetensors the gradients before clipping whose norm is not finite."""
     folder = run / f"nonfinite-step-{step:07d}"
     gradients = {name: p.grad.cpu().contiguous() for name, p in model.named_parameters() if p.grad is not None and not p.grad.norm().isfinite()}
     losses = {n: mean_loss(model, [row], len(row.ids), device) for n, row in rows.items()}
-    if folder.exists():
+    if folder.exists() and first:
         remove_folder(folder)
-    with atomic(folder) as tmp:
-        tmp.mkdir()
-        save_file(gradients, tmp / "gradients.safetensors")
-        info = {"step": step, "loss": str(loss), "grad_norm": str(norm), "gradients": sorted(gradients),
-                "rows": [{"row": n, "loss": str(losses[n]), "ids": row.ids} for n, row in rows.items()]}  # as text: JSON has no nan
-        (tmp / "step.json").write_text(json.dumps(info) + "\n")
+    with atomic(folder) if first else contextlib.nullcontext() as tmp:
+        if tmp:
+            tmp.mkdir()
+            save_file(gradients, tmp / "gradients.safetensors")
+            info = {"step": step, "loss": str(loss), "grad_norm": str(norm), "gradients": sorted(gradients),
+                    "rows": [{"row": n, "loss": str(losses[n]), "ids": row.ids} for n, row in rows.items()]}  # as text: JSON has no nan
+            (tmp / "step.json").write_text(json.dumps(info) + "\n")
     raise ValueError(f"step {step}: loss {loss}, gradient norm {norm}: stopped before the weights changed; its rows and gradients are in "
                      f"{folder}; the last checkpoint is as it was")
 
@@ -601,66 +626,72 @@ def stop_nonfinite(run: Path, step: int, model: Transformer, rows: dict[int, Row
 # ---------------------------------------------------------------------------------------------------------------------
 
 def train(settings: Settings, run: Path, model: Transformer, rows: list[Row], dev: list[Row], device: torch.device,
-          interrupt: Interrupt, record: dict[str, Any]) -> bool:
-    """Train from the newest checkpoint in `run` to the last step; False when interrupted. The loss of a step is
-    sum over its supervised tokens / their number, over all its micro-batches. Raises ValueError before the weights
-    would take a step whose loss or gradient is not finite."""
+          interrupt: Interrupt, record: dict[str, Any], ranks: Ranks) -> bool:
+    """Train from the newest checkpoint in `run` to the last step; False when interrupted. The loss of a step is sum over its supervised
+    tokens / their number, over all its micro-batches and processes. Raises ValueError before a step that is not finite."""
     optimizer = build_optimizer(model, settings)
     first = load_checkpoint(run, model, optimizer)
-    metrics = Metrics(run, first or -1)
-    lengths = [row.width for row in rows]
-    steps = settings.steps or max(1, round(settings.epochs * len(plan_epoch(lengths, settings.step_tokens, 0, settings.seed, 0))))
-    budget = settings.micro_tokens or settings.step_tokens
+    metrics = Metrics(run, first or -1, ranks.first)
+    widths, labels = [row.width for row in rows], [sum(row.supervised[1:]) for row in rows]
+    steps = settings.steps or max(1, round(settings.epochs * len(plan_epoch(widths, settings.step_tokens, 0, settings.seed, 0))))
+    budget = micro_budget(settings, ranks)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    forward = spread(model, model.model.layers, ranks, device, settings.fsdp, idle=settings.grad_scale == 0)
     if settings.compile:
         compile_blocks(model)
-    trainable = [p for p in model.parameters() if p.requires_grad]
     if first == 0:
         metrics.write(kind="run", step=0, **record, steps=steps, trainable=sum(p.numel() for p in trainable))
-        metrics.write(kind="dev", step=0, loss=mean_loss(model, dev, budget, device))
-    plan = plan_steps(lengths, settings)
+        metrics.write(kind="dev", step=0, loss=mean_loss(model, dev, budget, device, ranks))
+    plan = plan_steps(widths, settings, budget)
     for _ in range(first):
         next(plan)
-    bar = tqdm(initial=first, total=steps, desc="train", unit="step", disable=None)
+    bar = tqdm(initial=first, total=steps, desc="train", unit="step", disable=None if ranks.first else True)
     model.train()
     for step in range(first + 1, steps + 1):
         started, micros = time.perf_counter(), next(plan)
-        torch.manual_seed(generator(settings.seed, "dropout", step).initial_seed())  # the global stream serves dropout alone
-        batches = [make_batch([rows[n] for n in micro], device) for micro in micros]
-        count = sum(len(batch.targets) for batch in batches)
-        total = torch.zeros((), device=device)
-        for batch in batches:
-            loss = loss_sum(model, batch, model.head_weight)
-            (loss / count).backward()
-            total += loss.detach()
+        torch.manual_seed(dropout_seed(settings.seed, step, ranks))  # the global stream serves dropout alone
+        batches = [make_batch([rows[n] for n in micro], device) for micro in ranks.share(micros, [])]
+        count, tokens = sum(labels[n] for micro in micros for n in micro), sum(len(micro) * max(widths[n] for n in micro) for micro in micros)
+        total = add_gradients(forward, model, batches, count, ranks)
         size = nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
-        mean, norm = torch.stack((total, size)).tolist()  # the only wait for the device in a step
+        sums = ranks.sum(torch.stack((total, torch.tensor(float(interrupt.asked), device=device))))
+        mean, asked, norm = torch.cat((sums, size[None])).tolist()  # the only wait for the device in a step
         mean /= count
         if not math.isfinite(mean) or not math.isfinite(norm):
-            stop_nonfinite(run, step, model, {n: rows[n] for micro in micros for n in micro}, mean, norm, device)
+            stop_nonfinite(run, step, model, {n: rows[n] for micro in micros for n in micro}, mean, norm, device, ranks.first)
         nn.utils.clip_grads_with_norm_(trainable, settings.clip or math.inf, size)
         rate = learning_rate(step, steps, settings)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        tokens, seconds = sum(batch.tokens.numel() for batch in batches), time.perf_counter() - started
-        metrics.write(kind="step", step=step, loss=mean, lr=rate, grad_norm=norm, tokens=tokens, supervised=count,
-                      seconds=round(seconds, 4))
+        seconds = time.perf_counter() - started
+        metrics.write(kind="step", step=step, loss=mean, lr=rate, grad_norm=norm, tokens=tokens, supervised=count, seconds=round(seconds, 4))
         bar.update()
         bar.set_postfix_str(f"loss {mean:.4f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
-        stop = interrupt.asked
+        stop = bool(asked) or ranks.world == 1 and interrupt.asked
         last = step == steps or stop
         if settings.log_every and (step % settings.log_every == 0 or last):
             tqdm.write(f"step {step}/{steps}  loss {mean:.4f}  lr {rate:.2e}  norm {norm:.3f}  {tokens / seconds:,.0f} tokens/s")
         if step == steps or settings.eval_every and step % settings.eval_every == 0:
-            metrics.write(kind="dev", step=step, loss=(dev_loss := mean_loss(model, dev, budget, device)))
+            metrics.write(kind="dev", step=step, loss=(dev_loss := mean_loss(model, dev, budget, device, ranks)))
             tqdm.write(f"step {step}/{steps}  held-out loss {dev_loss:.4f}")
-        if last or settings.save_every and step % settings.save_every == 0:
+        if ranks.first and (last or settings.save_every and step % settings.save_every == 0):
             save_checkpoint(run, step, model, optimizer)
         if stop and step < steps:
             return False
     bar.close()
     return True
+
+
+def micro_budget(settings: Settings, ranks: Ranks) -> int:
+    """Tokens of a micro-batch: as asked for, else an equal part of the step for each process."""
+    return settings.micro_tokens or -(-settings.step_tokens // ranks.world)
+
+
+def dropout_seed(seed: int, step: int, ranks: Ranks) -> int:
+    """A seed for each step and process; that of process 0 is that of a run in one process."""
+    return generator(seed, "dropout", step, *[ranks.rank] * (not ranks.first)).initial_seed()
 
 
 def split_dev(rows: list[Row], settings: Settings) -> tuple[list[Row], list[Row]]:
@@ -707,11 +738,16 @@ def score_run(settings: Settings, run: Path, device: torch.device) -> None:
 def main(explicit: dict[str, Any]) -> None:
     """Open the run, load, train, save, score. Raises ValueError on bad input, SystemExit(130) when interrupted."""
     settings = recorded_settings(explicit) if explicit.get("repeat") else Settings(**explicit)
-    run, settings = choose_run(settings, explicit)
+    ranks, device_name = open_ranks(settings.device)
+    if not ranks.first:
+        sys.stdout = open(os.devnull, "w")
+    run, settings = ranks.from_first(choose_run(settings, explicit) if ranks.first else (None, None))
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, at its first product
         torch.use_deterministic_algorithms(True)
-    device = choose_device(settings.device)
+    if settings.fsdp and ranks.world == 1:
+        raise ValueError("--fsdp cuts the backbone over several processes; start them with: torchrun --nproc-per-node N train.py ...")
+    device = choose_device(device_name)
     keep_freed_memory()
     if settings.tasks != ("none",):
         for task in find_tasks(settings.tasks):
@@ -731,14 +767,18 @@ def main(explicit: dict[str, Any]) -> None:
     if settings.repeat or read_record(run) and settings.resume:
         check_record(settings.repeat or run, read_record(Path(settings.repeat or run)), record)
     with writing(run):
-        make_run(run, settings)
-        print(f"run folder: {run}")
+        if ranks.first:
+            make_run(run, settings)
+        ranks.wait()
+        print(f"run folder: {run}" + (f", {ranks.world} processes" if ranks.world > 1 else ""))
         model.checkpointing = settings.checkpointing
         with contextlib.closing(Interrupt()) as interrupt:
-            finished = train(settings, run, model, rows, dev, device, interrupt, record)
+            finished = train(settings, run, model, rows, dev, device, interrupt, record, ranks)
         if not finished:
             raise SystemExit(130)
-        finish_run(run)
+        if ranks.first:
+            finish_run(run)
+        ranks.wait()
         if settings.tasks != ("none",):
             score_run(settings, run, device)
     print(f"wrote {run}")
@@ -751,3 +791,5 @@ if __name__ == "__main__":
         raise SystemExit(f"train.py: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    finally:
+        close_ranks()

@@ -353,7 +353,7 @@ class Ours(Side):
         return self.train.make_batch([self.train.Row(ids, supervised) for ids in rows], self.device)
 
     def loss(self, forward: Any, batch: Any) -> Tensor:
-        return self.train.loss_sum(forward, batch, self.model.head_weight) / len(batch.targets)
+        return self.train.loss_sum(forward, batch, self.model) / len(batch.targets)
 
     def answers(self, prompts: list[list[int]], stops: list[int]) -> list[list[int]]:
         """`generate` with rows refilled. It takes prompts from the end, the longest first: the k-th list it shows `ended` is the k-th from there."""

@@ -494,7 +494,7 @@ def test_plain_completions_end_before_the_first_stop(bench, monkeypatch, tokeniz
 def test_code_ends_with_its_block(tokenizer, monkeypatch, form, text, ends):
     seen = {}
     monkeypatch.setattr("model.generate", lambda *args, ended, **_: seen.update(ended=ended) or [])
-    evaluation.write_answers(TASKS["humaneval"], [], None, tokenizer, evaluation.Settings(format=form))
+    evaluation.write_answers(TASKS["humaneval"], [], [], None, tokenizer, evaluation.Settings(format=form))
     assert seen["ended"](tokenizer.encode(text)) == ends
 
 

@@ -84,7 +84,7 @@ def check_kept(tiny, folder, what, value):
     info, gradients = json.loads((folder / "step.json").read_text()), load_file(folder / "gradients.safetensors")
     settings = train.Settings(**test_train.flags(tiny, "", **RUN))
     rows = train.split_dev(train.load_rows((tiny.rows,), tiny.tokenizer, settings)[0], settings)[0]
-    plan = train.plan_steps([len(row.ids) for row in rows], settings)
+    plan = train.plan_steps([row.width for row in rows], settings, settings.micro_tokens)
     micros = [next(plan) for _ in range(4)][3]
     assert [(r["row"], r["ids"]) for r in info["rows"]] == [(n, rows[n].ids) for micro in micros for n in micro] and len(micros) > 1
     assert info["step"] == 4 and info["gradients"] == sorted(gradients) and not all(math.isfinite(float(info[k])) for k in ("loss", "grad_norm"))

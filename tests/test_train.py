@@ -167,7 +167,7 @@ def test_trap_1_eight_rows_equal_four_times_two(tiny, monkeypatch):
     gradients = []
     for size in (8, 2):
         batches = [train.make_batch(rows[i:i + size], "cpu") for i in range(0, 8, size)]
-        total = sum(train.loss_sum(model, batch, model.head_weight) for batch in batches)
+        total = sum(train.loss_sum(model, batch, model) for batch in batches)
         gradients.append(torch.autograd.grad(total / sum(len(batch.targets) for batch in batches), trainable))
     for one, two in zip(*gradients, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
@@ -234,7 +234,7 @@ def test_trap_15_the_order_is_a_function_of_seed_and_epoch():
     assert plans == [train.plan_epoch(LENGTHS, 512, 128, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
     assert all(a != b for i, a in enumerate(plans) for b in plans[:i])
     settings = train.Settings(step_tokens=512, micro_tokens=128)
-    steps = train.plan_steps(LENGTHS, settings)
+    steps = train.plan_steps(LENGTHS, settings, 128)
     assert [next(steps) for _ in range(len(plans[0]) + len(plans[1]))] == plans[0] + plans[1]
 
 
