@@ -387,7 +387,7 @@ def score(settings: Settings) -> dict[str, Record]:
     """
     from data.ranks import open_ranks
     from model import choose_device, choose_dtype, header, keep_freed_memory, load_model, load_tokenizer
-    from talan import load_adapter
+    from talan import gains_kept, load_adapter
 
     tasks = find_tasks(settings.tasks)
     check_permission(tasks, settings)
@@ -413,7 +413,9 @@ def score(settings: Settings) -> dict[str, Record]:
         done, seconds = ranks.from_first(load_part(part, key) if ranks.first else ([], 0.0))
         if not done:
             mine = slice(ranks.rank, None, ranks.world)
-            answers = run_task(task, items[task.name][mine], prompts[task.name][mine], range(len(items[task.name]))[mine], model, tokenizer, settings)
+            with gains_kept(model):
+                answers = run_task(task, items[task.name][mine], prompts[task.name][mine], range(len(items[task.name]))[mine], model, tokenizer,
+                                   settings)
             done, seconds = [record for each in ranks.join(answers) for record in each], time.perf_counter() - began
             if ranks.first:
                 write_part(part, key, done, seconds)

@@ -206,6 +206,7 @@ class AdapterLinear(nn.Module):
         rows, cols = base.weight.shape
         self.weight, self.scale, self.dropout, self.kind = base.weight, config.scale, config.dropout, config.kind
         self.active = True  # False: y = W x (see switched)
+        self.kept: Tensor | None = None  # g, while it is not computed anew (see gains_kept)
         device = base.weight.device
         A = (2 * torch.rand(config.rank, cols, generator=generator(seed, name + ".lora_A")) - 1) / math.sqrt(cols)
         self.lora_A = nn.Parameter(A.to(device))  # kaiming-uniform with a = sqrt(5), as peft/tuners/lora/layer.py
@@ -237,6 +238,8 @@ class AdapterLinear(nn.Module):
 
     def gain(self) -> Tensor:
         """g = m / ||W + s B A||_row (out,), the norm outside the graph; 1 where the norm is zero."""
+        if self.kept is not None:
+            return self.kept
         norm = self.row_norm()
         return torch.where(norm > 0, self.lora_magnitude_vector / torch.where(norm > 0, norm, 1), 1)
 
@@ -528,6 +531,19 @@ def switched(model: Transformer, adapter: bool, call: Callable[[int, SidePath, T
     finally:
         for owner, name, value in before:
             setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def gains_kept(model: Transformer) -> Iterator[None]:
+    """For a while DoRA's g is computed once and not in every forward: for scoring, where no weight changes."""
+    linears = [module for module in model.modules() if isinstance(module, AdapterLinear) and module.kind == "dora"]
+    try:
+        for linear in linears:
+            linear.kept = linear.gain().detach()
+        yield
+    finally:
+        for linear in linears:
+            linear.kept = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from data.settings import parse, setting
 
 Record = dict[str, Any]
 KINDS: dict[str, Record] = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
-PARTS = ("train", "load", "generate", "side")
+PARTS = ("train", "load", "generate", "side", "profile")
 SIDE_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 DECODE = 64  # tokens of one row when decoding is timed alone
 
@@ -238,6 +238,22 @@ class Side:
         first = self.timed(lambda: self.answers([prompt], [1]))[0]
         whole = self.timed(lambda: self.answers([prompt], [1 + DECODE]))[0]
         return {"first": first, "decode": (whole - first) / DECODE}
+
+    def profile(self, what: str, top: int = 9) -> list[tuple[str, float]]:
+        """(operation, its share of the time) of a training step on our side, or of 32 tokens for each of `batch_rows` rows; the rest last."""
+        length, prompts = self.settings.lengths[0], [[1, 2]] * self.settings.batch_rows
+        call = {"decode": lambda: self.answers(prompts, [32] * len(prompts)), "eager": lambda: self.step(0, length),
+                "compiled": lambda: self.step(0, length, compiled=True)}[what]
+        call()
+        with torch.profiler.profile() as profiler:
+            call()
+        spent: dict[str, float] = {}
+        for e in profiler.key_averages():
+            name = "elementwise, fused by the compiler" if "CompiledFxGraph" in e.key else e.key
+            spent[name] = spent.get(name, 0) + (e.self_device_time_total if self.gpu else e.self_cpu_time_total)
+        names = sorted(spent, key=spent.__getitem__, reverse=True)
+        shares = [(name, spent[name] / sum(spent.values())) for name in names[:top]]
+        return [*shares, ("the rest", 1 - sum(share for _, share in shares))]
 
     def machine(self) -> Record:
         """Measured FLOPs a second of a square matmul, and bytes a second read and written by a copy: the best of six."""
@@ -541,6 +557,21 @@ def run_side(settings: Settings, backbone: str) -> Record:
                 "scaling": [ours.ask("side_scaling", T) for T in SIDE_LENGTHS]}
 
 
+def run_profile(settings: Settings, backbone: str) -> dict[str, list[tuple[str, float]]]:
+    """Where the time of ours goes: "KIND eager", "KIND compiled" and "decode" -> operations and shares."""
+    found = {}
+    for kind in settings.kinds:
+        with tempfile.TemporaryDirectory() as folder, contextlib.closing(Worker("theirs", settings, backbone)) as theirs:
+            theirs.ask("prepare", kind, folder)
+            with contextlib.closing(Worker("ours", settings, backbone)) as ours:
+                ours.ask("prepare", kind, folder)
+                for what in ("eager", "compiled") if kind in settings.compile else ("eager",):
+                    found[f"{kind} {what}"] = ours.ask("profile", what)
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(Worker("ours", settings, backbone)) as ours:
+        ours.ask("prepare", "none", folder)
+        return found | {"decode": ours.ask("profile", "decode")}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Ratios, targets, tables
 # ---------------------------------------------------------------------------------------------------------------------
@@ -664,6 +695,8 @@ def all_tables(entry: Record, settings: Settings) -> Iterator[Table]:
         rows = [[f"{line['tokens']:,}", f"{1e3 * line['train']:.1f}", f"{1e6 * line['train'] / line['tokens']:.2f}", f"{1e6 * line['token']:.0f}",
                  f"{line['state_bytes']:,}"] for line in side["scaling"]]
         yield ["side path alone, tokens", "forward + backward ms", "us a token", "us a decoded token", "bytes kept"], rows
+    for what, shares in entry.get("profile", {}).items():
+        yield [f"time of ours, {what}", "%"], [[name, f"{100 * share:.1f}"] for name, share in shares]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -689,7 +722,7 @@ def run_backbone(name: str, settings: Settings) -> Record:
         for kind in settings.kinds:
             entry.setdefault("train", []).append(run_train(settings, backbone, config, kind, length))
             print(table(*train_table(entry["train"][-1:], machine)), f"after {time.perf_counter() - began:.0f} s", sep="\n", flush=True)
-    for part, call in (("load", run_load), ("generate", run_generate), ("side", run_side)):
+    for part, call in (("load", run_load), ("generate", run_generate), ("side", run_side), ("profile", run_profile)):
         if part in settings.parts:
             entry[part] = call(settings, backbone)
             print(f"{part}: after {time.perf_counter() - began:.0f} s", flush=True)

@@ -140,6 +140,7 @@ MUTANTS = [
     Mutant("nothing switched back", "talan.py", "            setattr(owner, name, value)\n", "            pass\n", INSIDE),
     Mutant("low-rank gradient of A unscaled", "talan.py", "[ctx.s * (dy @ b) for", "[(dy @ b) for", TALAN),
     Mutant("one map reads another's z", "talan.py", "zip(W, B, z.chunk(count, -1))", "zip(W, B, z.chunk(count, -1)[::-1])", TALAN),
+    Mutant("kept gains are never let go", "talan.py", "            linear.kept = None\n", "            pass\n", TALAN),
     Mutant("gradient passes DoRA's gain by", "talan.py", "return torch.addcmul(dy, dy, rest), ", "return dy, ", TALAN),
     Mutant("DoRA's magnitude without a gradient", "talan.py", "(dy * y).flatten", "(dy * 0).flatten", TALAN),
     Mutant("gradient of up without silu", "model.py", "F.silu(g).mul_(dy)", "g.mul(dy)", MODEL + " " + TALAN),

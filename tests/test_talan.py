@@ -816,3 +816,24 @@ def test_dora_norm_is_taken_in_float32_on_a_bf16_backbone(folder):
     for layer in (m for m in model.modules() if isinstance(m, AdapterLinear)):
         want = (layer.weight.double() + layer.scale * layer.lora_B.double() @ layer.lora_A.double()).norm(dim=1)
         torch.testing.assert_close(layer.row_norm().double(), want.detach(), rtol=1e-5, atol=0)
+
+
+def test_kept_gains_change_nothing_and_are_let_go(model, monkeypatch):
+    """DoRA's g is computed once inside, in every forward outside, and follows the weights again afterwards; the outputs are the same bits."""
+    attach(model, AdapterConfig("dora", 4, 8.0), SIDE)
+    stir(model)
+    counted, row_norm = [], talan.AdapterLinear.row_norm
+    monkeypatch.setattr(talan.AdapterLinear, "row_norm", lambda self: counted.append(1) or row_norm(self))
+    with torch.no_grad():
+        want = model(TOKENS)
+        each = len(counted)
+        with talan.gains_kept(model):
+            assert torch.equal(model(TOKENS), want) and torch.equal(model(TOKENS), want)
+        assert len(counted) == 2 * each > 0
+        for module in model.modules():
+            if isinstance(module, talan.AdapterLinear):
+                module.lora_B.data *= 3
+        assert not torch.equal(model(TOKENS), want) and len(counted) == 3 * each
+    with pytest.raises(KeyError), talan.gains_kept(model):
+        raise KeyError
+    assert all(module.kept is None for module in model.modules() if isinstance(module, talan.AdapterLinear))
