@@ -27,10 +27,10 @@ def test_the_example_runs():
 
 
 def test_every_flag_named_is_one():
-    """A flag in backticks or in a command line of train.py is a field of its settings."""
+    """A flag in backticks or in a command line is a field of some settings, or of torchrun."""
     import eval as evaluation
     import train
 
     known = {"--" + name.replace("_", "-") for kind in (train.Settings, *evaluation.COMMANDS.values()) for name in kind.__dataclass_fields__}
-    known |= {"--no-talan", "--verify", "--drop-side-path", "--source"}
+    known |= {"--nproc-per-node", "--no-talan", "--verify", "--drop-side-path", "--source"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - known <= {"--out", "--help"}
