@@ -630,7 +630,8 @@ def train(settings: Settings, run: Path, model: Transformer, rows: list[Row], de
           interrupt: Interrupt, record: dict[str, Any], ranks: Ranks) -> bool:
     """Train from the newest checkpoint in `run` to the last step; False when interrupted. The loss of a step is sum over its supervised
     tokens / their number, over all its micro-batches and processes. Raises ValueError before a step that is not finite."""
-    forward = spread(model, model.model.layers, ranks, device, settings.fsdp, idle=settings.grad_scale == 0)
+    idle = [p for name, p in model.named_parameters() if settings.grad_scale == 0 and group_of(name) == "side path"]
+    forward = spread(model, model.model.layers, ranks, device, settings.fsdp, idle)
     optimizer = build_optimizer(model, settings)
     first = load_checkpoint(run, model, optimizer)
     metrics = Metrics(run, first or -1, ranks.first)
@@ -764,7 +765,7 @@ def main(explicit: dict[str, Any]) -> None:
         return dry_run(settings, model, tokenizer, rows)
     record = describe(asdict(kept(settings)), settings.data + settings.dev_data, model, device)
     if settings.repeat or read_record(run) and settings.resume:
-        check_record(settings.repeat or run, read_record(Path(settings.repeat or run)), record)
+        ranks.from_first(lambda: check_record(settings.repeat or run, read_record(Path(settings.repeat or run)), record))
     with writing(run):
         if ranks.first:
             make_run(run, settings)

@@ -100,11 +100,12 @@ def close_ranks() -> None:
         dist.destroy_process_group()
 
 
-def spread(model: nn.Module, blocks: Sequence[nn.Module], ranks: Ranks, device: torch.device, shard: bool, idle: bool) -> nn.Module:
+def spread(model: nn.Module, blocks: Sequence[nn.Module], ranks: Ranks, device: torch.device, shard: bool,
+           idle: Sequence[nn.Parameter] = ()) -> nn.Module:
     """What is called in place of the model: the model itself, or torch's DDP around it, which takes the mean of the gradients.
 
     shard: frozen weights are cut over the processes by FSDP2, block by block, and put together while a block computes; what
-    trains stays whole. idle: some parameters may get no gradient.
+    trains stays whole. idle: parameters that never get a gradient.
     """
     if shard:
         from torch.distributed.device_mesh import init_device_mesh
@@ -119,9 +120,15 @@ def spread(model: nn.Module, blocks: Sequence[nn.Module], ranks: Ranks, device: 
             buffer.data = buffer.data.to(device)
     if ranks.world == 1:
         return model
+    idle = [p for p in idle if p.requires_grad]
+    for p in idle:
+        p.requires_grad_(False)  # DDP waits for the gradient of each parameter that requires one when it is made
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers gets another name; older versions know this one only
-        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, init_sync=False, find_unused_parameters=idle)
+        forward = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, init_sync=False)
+    for p in idle:
+        p.requires_grad_(True)
+    return forward
 
 
 def summing(forward: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
