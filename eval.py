@@ -393,8 +393,8 @@ def score(settings: Settings) -> dict[str, Record]:
     check_permission(tasks, settings)
     items = {task.name: load_items(task, settings.limit) for task in tasks}
     pools = {task.name: load_pool(task) if settings.shots else [] for task in tasks}
-    ranks, device_name = open_ranks(settings.device)
-    device, backbone = choose_device(device_name), settings.backbone or recorded_backbone(settings.adapter)
+    ranks = open_ranks()
+    device, backbone = choose_device(ranks.device(settings.device)), settings.backbone or recorded_backbone(settings.adapter)
     keep_freed_memory()
     model, tokenizer = load_model(backbone, device, choose_dtype(settings.dtype, device)), load_tokenizer(backbone)
     if settings.adapter:
@@ -410,7 +410,7 @@ def score(settings: Settings) -> dict[str, Record]:
     for task in tasks:
         part, key = out / f".{task.name}.part", sha256(json.dumps([about, hashes[task.name]], sort_keys=True).encode())
         began = time.perf_counter()
-        done, seconds = ranks.from_first(load_part(part, key) if ranks.first else ([], 0.0))
+        done, seconds = ranks.from_first(functools.partial(load_part, part, key))
         if not done:
             mine = slice(ranks.rank, None, ranks.world)
             with gains_kept(model):
@@ -924,8 +924,7 @@ def main(word: str, explicit: dict[str, Any]) -> None:
 if __name__ == "__main__":
     try:
         main(WORD, GIVEN)
-    except ValueError as error:
-        raise SystemExit(f"eval.py: {error}") from None
-    finally:
         if "data.ranks" in sys.modules:
             sys.modules["data.ranks"].close_ranks()
+    except ValueError as error:
+        raise SystemExit(f"eval.py: {error}") from None

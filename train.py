@@ -602,21 +602,22 @@ def recorded_settings(explicit: dict[str, Any]) -> Settings:
     return replace(restore(record["settings"], run), **{"out": ""} | explicit)
 
 
-def stop_nonfinite(run: Path, step: int, model: Transformer, rows: dict[int, Row], loss: float, norm: float, device: Any, first: bool) -> NoReturn:
+def stop_nonfinite(run: Path, step: int, model: Transformer, rows: dict[int, Row], loss: float, norm: float, device: Any, ranks: Ranks) -> NoReturn:
     """Raise ValueError that names RUN/nonfinite-step-N, the only thing written. Its step.json has loss and gradient norm of the step, and
     number, token ids and loss in eval mode of each row; gradients.safetensors the gradients before clipping whose norm is not finite."""
     folder = run / f"nonfinite-step-{step:07d}"
     gradients = {name: p.grad.cpu().contiguous() for name, p in model.named_parameters() if p.grad is not None and not p.grad.norm().isfinite()}
     losses = {n: mean_loss(model, [row], len(row.ids), device) for n, row in rows.items()}
-    if folder.exists() and first:
+    if folder.exists() and ranks.first:
         remove_folder(folder)
-    with atomic(folder) if first else contextlib.nullcontext() as tmp:
+    with atomic(folder) if ranks.first else contextlib.nullcontext() as tmp:
         if tmp:
             tmp.mkdir()
             save_file(gradients, tmp / "gradients.safetensors")
             info = {"step": step, "loss": str(loss), "grad_norm": str(norm), "gradients": sorted(gradients),
                     "rows": [{"row": n, "loss": str(losses[n]), "ids": row.ids} for n, row in rows.items()]}  # as text: JSON has no nan
             (tmp / "step.json").write_text(json.dumps(info) + "\n")
+    ranks.wait()  # torchrun ends all processes as soon as one fails
     raise ValueError(f"step {step}: loss {loss}, gradient norm {norm}: stopped before the weights changed; its rows and gradients are in "
                      f"{folder}; the last checkpoint is as it was")
 
@@ -629,6 +630,8 @@ def train(settings: Settings, run: Path, model: Transformer, rows: list[Row], de
           interrupt: Interrupt, record: dict[str, Any], ranks: Ranks) -> bool:
     """Train from the newest checkpoint in `run` to the last step; False when interrupted. The loss of a step is sum over its supervised
     tokens / their number, over all its micro-batches and processes. Raises ValueError before a step that is not finite."""
+    idle = [p for name, p in model.named_parameters() if settings.grad_scale == 0 and group_of(name) == "side path"]
+    forward = spread(model, model.model.layers, ranks, device, settings.fsdp, idle)
     optimizer = build_optimizer(model, settings)
     first = load_checkpoint(run, model, optimizer)
     metrics = Metrics(run, first or -1, ranks.first)
@@ -636,7 +639,6 @@ def train(settings: Settings, run: Path, model: Transformer, rows: list[Row], de
     steps = settings.steps or max(1, round(settings.epochs * len(plan_epoch(widths, settings.step_tokens, 0, settings.seed, 0))))
     budget = micro_budget(settings, ranks)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    forward = spread(model, model.model.layers, ranks, device, settings.fsdp, idle=settings.grad_scale == 0)
     if settings.compile:
         compile_blocks(model)
     if first == 0:
@@ -654,11 +656,11 @@ def train(settings: Settings, run: Path, model: Transformer, rows: list[Row], de
         count, tokens = sum(labels[n] for micro in micros for n in micro), sum(len(micro) * max(widths[n] for n in micro) for micro in micros)
         total = add_gradients(forward, model, batches, count, ranks)
         size = nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
-        sums = ranks.sum(torch.stack((total, torch.tensor(float(interrupt.asked), device=device))))
+        sums = ranks.sum(torch.stack((total, total.new_full((), interrupt.asked))))
         mean, asked, norm = torch.cat((sums, size[None])).tolist()  # the only wait for the device in a step
         mean /= count
         if not math.isfinite(mean) or not math.isfinite(norm):
-            stop_nonfinite(run, step, model, {n: rows[n] for micro in micros for n in micro}, mean, norm, device, ranks.first)
+            stop_nonfinite(run, step, model, {n: rows[n] for micro in micros for n in micro}, mean, norm, device, ranks)
         nn.utils.clip_grads_with_norm_(trainable, settings.clip or math.inf, size)
         rate = learning_rate(step, steps, settings)
         for group in optimizer.param_groups:
@@ -738,16 +740,14 @@ def score_run(settings: Settings, run: Path, device: torch.device) -> None:
 def main(explicit: dict[str, Any]) -> None:
     """Open the run, load, train, save, score. Raises ValueError on bad input, SystemExit(130) when interrupted."""
     settings = recorded_settings(explicit) if explicit.get("repeat") else Settings(**explicit)
-    ranks, device_name = open_ranks(settings.device)
-    if not ranks.first:
-        sys.stdout = open(os.devnull, "w")
-    run, settings = ranks.from_first(choose_run(settings, explicit) if ranks.first else (None, None))
+    ranks = open_ranks()
+    run, settings = ranks.from_first(lambda: choose_run(settings, explicit))
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, at its first product
         torch.use_deterministic_algorithms(True)
     if settings.fsdp and ranks.world == 1:
         raise ValueError("--fsdp cuts the backbone over several processes; start them with: torchrun --nproc-per-node N train.py ...")
-    device = choose_device(device_name)
+    device = choose_device(ranks.device(settings.device))
     keep_freed_memory()
     if settings.tasks != ("none",):
         for task in find_tasks(settings.tasks):
@@ -765,7 +765,7 @@ def main(explicit: dict[str, Any]) -> None:
         return dry_run(settings, model, tokenizer, rows)
     record = describe(asdict(kept(settings)), settings.data + settings.dev_data, model, device)
     if settings.repeat or read_record(run) and settings.resume:
-        check_record(settings.repeat or run, read_record(Path(settings.repeat or run)), record)
+        ranks.from_first(lambda: check_record(settings.repeat or run, read_record(Path(settings.repeat or run)), record))
     with writing(run):
         if ranks.first:
             make_run(run, settings)
@@ -776,6 +776,7 @@ def main(explicit: dict[str, Any]) -> None:
             finished = train(settings, run, model, rows, dev, device, interrupt, record, ranks)
         if not finished:
             raise SystemExit(130)
+        ranks.wait()  # none still reads a checkpoint
         if ranks.first:
             finish_run(run)
         ranks.wait()
@@ -787,9 +788,8 @@ def main(explicit: dict[str, Any]) -> None:
 if __name__ == "__main__":
     try:
         main(GIVEN)
+        close_ranks()
     except ValueError as error:
         raise SystemExit(f"train.py: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    finally:
-        close_ranks()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +30,14 @@ class Ranks:
         """Is this the one that prints and writes?"""
         return self.rank == 0
 
+    def device(self, name: str) -> str:
+        """The name of this process' device: a GPU of its own for auto and cuda. Raises ValueError on another GPU, which all would share."""
+        if self.world == 1 or name == "cpu" or name == "auto" and not torch.cuda.is_available():
+            return name
+        if name not in ("auto", "cuda"):
+            raise ValueError(f"device: each of {self.world} processes has a GPU of its own; expected auto, cuda or cpu, found {name!r}")
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+
     def share(self, items: Sequence[T], filler: T) -> list[T]:
         """This process' items, every world-th; as many for each process, so that all meet in the same sums, with fillers at the end."""
         mine = list(items[self.rank::self.world])
@@ -39,11 +49,16 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def from_first(self, value: T) -> T:
-        """What this is in process 0."""
-        box = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(box)
+    def from_first(self, call: Callable[[], T]) -> T:
+        """What this call, made in process 0 alone, returns. Its ValueError is raised there; the others end with exit code 1 and no word."""
+        box: list[Any] = [None, False]
+        try:
+            box = [call(), True] if self.first else box
+        finally:
+            if self.world > 1:
+                dist.broadcast_object_list(box)
+        if not box[1]:
+            raise SystemExit(1)
         return box[0]
 
     def join(self, mine: Sequence[T]) -> list[T]:
@@ -62,30 +77,35 @@ class Ranks:
             dist.barrier()
 
 
-def open_ranks(device: str = "auto") -> tuple[Ranks, str]:
-    """(this process among those that torchrun started, its device: a GPU of its own for auto and cuda). Opens the connection once."""
+def open_ranks() -> Ranks:
+    """This process among those that torchrun started. Opens the connection, once: NCCL between GPUs, one a process, gloo for all else;
+    what processes other than the first print to stdout goes nowhere."""
     if not dist.is_available() or not dist.is_torchelastic_launched():
-        return Ranks(), device
-    gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if gpu and device in ("auto", "cuda") else device
+        return Ranks()
     if not dist.is_initialized():
-        if gpu:
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if gpu else "gloo")
-    return Ranks(dist.get_rank(), dist.get_world_size()), device
+        own = None
+        if int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count():
+            own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(own)
+        backends = "cpu:gloo,cuda:nccl" if own else "gloo"
+        dist.init_process_group(backends, device_id=own, timeout=timedelta(hours=6))  # in scoring one may end long before another
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")
+    return Ranks(dist.get_rank(), dist.get_world_size())
 
 
 def close_ranks() -> None:
-    """End the connection, if there is one."""
+    """End the connection, if there is one. All processes do so or none: one that fails ends without, as NCCL would wait for the others."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
-def spread(model: nn.Module, blocks: Sequence[nn.Module], ranks: Ranks, device: torch.device, shard: bool, idle: bool) -> nn.Module:
+def spread(model: nn.Module, blocks: Sequence[nn.Module], ranks: Ranks, device: torch.device, shard: bool,
+           idle: Sequence[nn.Parameter] = ()) -> nn.Module:
     """What is called in place of the model: the model itself, or torch's DDP around it, which takes the mean of the gradients.
 
     shard: frozen weights are cut over the processes by FSDP2, block by block, and put together while a block computes; what
-    trains stays whole. idle: some parameters may get no gradient.
+    trains stays whole. idle: parameters that never get a gradient.
     """
     if shard:
         from torch.distributed.device_mesh import init_device_mesh
@@ -100,9 +120,15 @@ def spread(model: nn.Module, blocks: Sequence[nn.Module], ranks: Ranks, device: 
             buffer.data = buffer.data.to(device)
     if ranks.world == 1:
         return model
+    idle = [p for p in idle if p.requires_grad]
+    for p in idle:
+        p.requires_grad_(False)  # DDP waits for the gradient of each parameter that requires one when it is made
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers gets another name; older versions know this one only
-        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, init_sync=False, find_unused_parameters=idle)
+        forward = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, init_sync=False)
+    for p in idle:
+        p.requires_grad_(True)
+    return forward
 
 
 def summing(forward: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
