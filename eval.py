@@ -270,6 +270,7 @@ def run_tests(task: Task, records: Sequence[Record], items: Sequence[Record], se
     """The same for programs, in the sandbox: base, and, where there are plus tests, plus (both have to pass)."""
     from data.sandbox import Limits, run_programs
 
+    assert task.program  # kind code has one
     say_protections()
     by_id, limits = {item["id"]: item for item in items}, Limits(seconds=settings.seconds, memory_mb=settings.memory_mb)
     programs = [task.program(by_id[r["id"]], r["completion"], r["format"]) for r in records]
@@ -370,7 +371,7 @@ def score_table(summaries: dict[str, Record]) -> str:
 
 def compare_table(base: dict[str, Record], adapted: dict[str, Record]) -> str:
     """task, n, base, adapted, difference; the last line is the mean over tasks."""
-    pairs = [(task, base[task]["n"], base[task]["score"], adapted[task]["score"]) for task in base]
+    pairs: list[tuple[Any, ...]] = [(task, base[task]["n"], base[task]["score"], adapted[task]["score"]) for task in base]
     mean = [sum(pair[i] for pair in pairs) / len(pairs) for i in (2, 3)]
     rows = [[task, n, f"{a:.1f}", f"{b:.1f}", f"{b - a:+.1f}"] for task, n, a, b in [*pairs, ("mean", "", *mean)]]
     return table(["task", "n", "base", "adapted", "difference"], rows)
@@ -401,7 +402,8 @@ def score(settings: Settings) -> dict[str, Record]:
                           "prompt_sha256": sha256("\0".join(p.text for p in prompts[task.name]).encode())} for task in tasks}
     about = {**header(asdict(settings), device), "backbone": backbone, "fingerprint": model.fingerprint, "run_seed": run_seed(settings.adapter),
              "adapter_sha256": adapter_sha256(settings.adapter), "dtype": str(model.head_weight.dtype).removeprefix("torch.")}
-    records, summaries, speed = [], {}, {}
+    records: list[Record] = []
+    summaries, speed = {}, {}
     for task in tasks:
         part, key = out / f".{task.name}.part", sha256(json.dumps([about, hashes[task.name]], sort_keys=True).encode())
         began = time.perf_counter()
@@ -553,7 +555,8 @@ def write_answers(task: Task, prompts: Sequence[list[int]], model: Transformer, 
 
 def rescore(settings: Settings) -> dict[str, Record]:
     """Judge stored records again, offline; prints the table and how many verdicts changed. Raises ValueError."""
-    file, by_task = settings.rescore, {}
+    file = settings.rescore
+    by_task: dict[str, list[Record]] = {}
     try:
         stored = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").split("\n") if line]
         for old in stored:

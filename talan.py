@@ -174,6 +174,8 @@ class AdapterLinear(nn.Module):
     x (...,in) -> y (...,out); lora_A (r,in), lora_B (out,r), lora_magnitude_vector m (out), all float32, cast to x's dtype.
     """
 
+    weight_squared: Tensor  # ||W||^2 (out,), DoRA alone
+
     def __init__(self, base: nn.Linear, config: AdapterConfig, seed: int, name: str) -> None:
         super().__init__()
         rows, cols = base.weight.shape
@@ -268,6 +270,14 @@ class SidePath(nn.Module):
     write back: d = w_out y;  add: d   gate: sigmoid(w_gate . x + b_gate) d   bounded: d min(1, bound ||h|| / ||d||)
     """
 
+    slots: Tensor  # (M,r)
+    w_key: Tensor  # (r,D), as w_value and the attention mixer's w_query
+    w_value: Tensor
+    w_query: Tensor
+    w_read: Tensor  # (M,D), the other mixers'
+    slot_mlp_in: Tensor  # (2M,M)
+    channel_mlp_in: Tensor  # (2r,r)
+
     def __init__(self, hidden_size: int, config: TalanConfig, seed: int = 0, name: str = "side_path") -> None:
         super().__init__()
         self.config, D, M, r = config, hidden_size, config.slots, config.width
@@ -299,11 +309,11 @@ class SidePath(nn.Module):
         B, M, r = h.shape[0], self.config.slots, self.config.width
         num, den = state or (v.new_zeros(B, M, r), v.new_zeros(B, M))
         ys = []
-        for chunk in zip(*(part.split(CHUNK, dim=1) for part in (x, w, v))):
+        for xs, ws, vs in zip(*(part.split(CHUNK, dim=1) for part in (x, w, v))):
             if torch.is_grad_enabled():
-                y, num, den = checkpoint(self.read, *chunk, num, den, use_reentrant=False, preserve_rng_state=False)
+                y, num, den = checkpoint(self.read, xs, ws, vs, num, den, use_reentrant=False, preserve_rng_state=False)
             else:
-                y, num, den = self.read(*chunk, num, den)
+                y, num, den = self.read(xs, ws, vs, num, den)
             ys.append(y)
         delta = self.write(torch.cat(ys, dim=1), x, stream)  # (B,T,D)
         return (h.float() + scale_grad(delta, self.config.grad_scale)).to(h.dtype), (num, den)
@@ -390,10 +400,11 @@ def attach(model: Transformer, adapter: AdapterConfig | None, talan: TalanConfig
         parameter.requires_grad_(scope == "full")
     for name, parent, key in adapted(model, adapter):
         setattr(parent, key, AdapterLinear(getattr(parent, key), adapter, seed, name))
-    for layer in talan.resolve(model.config.num_hidden_layers) if talan else ():
-        block = model.model.layers[layer]
-        side_path = SidePath(model.config.hidden_size, talan, seed, f"model.layers.{layer}.side_path")
-        block.side_path, block.side_site = side_path.to(model.head_weight.device), talan.site
+    if talan:
+        for layer in talan.resolve(model.config.num_hidden_layers):
+            block = model.model.layers[layer]
+            side_path = SidePath(model.config.hidden_size, talan, seed, f"model.layers.{layer}.side_path")
+            block.side_path, block.side_site = side_path.to(model.head_weight.device), talan.site
     model.adapter_config, model.talan_config = adapter, talan
     model.train(model.training)
     for name, parameter in model.named_parameters():
@@ -523,7 +534,8 @@ def save_adapter(model: Transformer, folder: str | Path) -> None:
 def parts_of(model: Transformer) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
     """Part -> (its JSON, its tensors by file name) of what is attached."""
     adapter, talan = getattr(model, "adapter_config", None), getattr(model, "talan_config", None)
-    named, parts = dict(model.named_parameters()), {}
+    named: dict[str, Tensor] = dict(model.named_parameters())
+    parts: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {}
     if adapter and adapter.kind != "none":
         parts["adapter"] = (peft_config(adapter, model.source),
                             {peft_name(k): v for k, v in named.items() if group_of(k) == "adapter"})

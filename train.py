@@ -87,7 +87,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -146,12 +146,12 @@ def encode_row(tokenizer: Tokenizer, messages: Sequence[Message]) -> Row:
     reaches from the template into the text carries no label. Raises ValueError when the turns cannot be found.
     """
     text, spans = mark_turns(tokenizer, messages)
-    encoding = tokenizer.core.encode(text, add_special_tokens=False)
-    supervised, spans = [], iter(spans)
-    begin, end = next(spans)
+    encoding = tokenizer.encoding(text)
+    supervised, rest = [], iter(spans)
+    begin, end = next(rest)
     for a, b in encoding.offsets:
         while a >= end:
-            begin, end = next(spans, (len(text) + 1, len(text) + 1))
+            begin, end = next(rest, (len(text) + 1, len(text) + 1))
         supervised.append(begin <= a < b <= end)
     return Row(encoding.ids, supervised)
 
@@ -312,7 +312,7 @@ class CrossEntropySum(torch.autograd.Function):
             logits = (h @ weight.T).float()  # (chunk,V)
             lse = logits.logsumexp(-1, keepdim=True)
             total += (lse - logits.gather(-1, target)).sum()
-            if learn:
+            if d_hidden is not None:
                 p = logits.sub_(lse).exp_()
                 p.scatter_add_(-1, target, p.new_full((1, 1), -1.0).expand_as(target))
                 p = p.to(weight.dtype)
@@ -327,7 +327,7 @@ class CrossEntropySum(torch.autograd.Function):
         return *(None if d is None else d * grad for d in ctx.saved_tensors), None, None
 
 
-def loss_sum(model: nn.Module, batch: Batch, weight: Tensor) -> Tensor:
+def loss_sum(model: Callable[[Tensor], Tensor], batch: Batch, weight: Tensor) -> Tensor:
     """Cross-entropy summed over the batch's N supervised tokens; logits exist only there."""
     hidden = model(batch.tokens).flatten(0, 1)[batch.places]  # (N,D)
     return CrossEntropySum.apply(hidden, weight, batch.targets, torch.is_grad_enabled())
@@ -499,7 +499,7 @@ def choose_run(settings: Settings, explicit: dict[str, Any]) -> tuple[Path, Sett
             raise ValueError(f"{run}: exists; " + ("--resume goes on with it, --overwrite deletes the run in it" if stored.exists() else
                                                    "it holds no run, so it is neither resumed nor overwritten"))
         return run, settings
-    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in read_json(stored).items()}
+    saved: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in read_json(stored).items()}
     differ = [f"{k}: this command says {v}, the run has {saved.get(k)}" for k, v in explicit.items()
               if k not in ("out", "resume", "overwrite") and v != saved.get(k)]
     if differ:
@@ -614,7 +614,7 @@ def dry_run(settings: Settings, model: Transformer, tokenizer: Tokenizer, rows: 
 
 def score_run(settings: Settings, run: Path, device: torch.device) -> None:
     """Score the backbone and the saved run on the tasks; print and keep the table."""
-    common = {"backbone": settings.backbone, "tasks": settings.tasks, "device": str(device), "dtype": settings.dtype}
+    common: dict[str, Any] = {"backbone": settings.backbone, "tasks": settings.tasks, "device": str(device), "dtype": settings.dtype}
     base = score(EvalSettings(**common, out=str(run / "eval-base")))
     trained = {"backbone": str(run)} if settings.scope == "full" else {}
     trained |= {"adapter": str(run)} if settings.talan or settings.adapter != "none" else {}

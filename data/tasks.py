@@ -107,7 +107,7 @@ def ask(task: Task, item: Row, shots: Sequence[Row], form: str, tokenizer: Token
 def judge(task: Task, record: Row) -> Row:
     """The record with its verdict under each rule; `correct` is the first. Kind code: `run_tests` does it."""
     if task.kind == "choose":
-        chosen = {rule: "ABCDEFGHIJ"[choose(record["logprobs"], record["choices"], rule)] for rule in ("acc", "acc_norm")}
+        chosen: dict[str, str | None] = {rule: "ABCDEFGHIJ"[choose(record["logprobs"], record["choices"], rule)] for rule in ("acc", "acc_norm")}
     else:
         chosen = {name: rule.extract(record["completion"]) for name, rule in task.rules.items()}
     verdicts = {rule: found is not None and (found == record["answer"] if task.kind == "choose" else task.rules[rule].grade(found, record["answer"]))

@@ -73,7 +73,7 @@ MUTANTS = [
     Mutant("dora dropout on the whole of W x", "talan.py", "y + (g - 1) * F.linear(dropped, self.weight) + g * update", "g * (y + update)", TALAN),
     Mutant("magnitude merged as a column", "talan.py", "self.gain()[:, None] * merged", "self.gain().mean() * merged", TALAN),
     Mutant("memory sees the pads", "talan.py", "            w = w * real[..., None]\n", "", TALAN),
-    Mutant("memory sees the next token", "talan.py", "y, num, den = self.read(*chunk, num, den)\n            ys", "y, num, den = self.read(*chunk, *self.read(*chunk, num, den)[1:])\n            ys", TALAN),
+    Mutant("memory sees the next token", "talan.py", "y, num, den = self.read(xs, ws, vs, num, den)\n            ys", "y, num, den = self.read(xs, ws, vs, *self.read(xs, ws, vs, num, den)[1:])\n            ys", TALAN),
     Mutant("softmax over the wrong axis", "talan.py", "(x @ self.w_read.T).softmax(-1)", "(x @ self.w_read.T).softmax(1)", TALAN),
     Mutant("key not normalised", "talan.py", "k, v = rms(x @ self.w_key.T)", "k, v = (x @ self.w_key.T)", TALAN),
     Mutant("score without sqrt(r)", "talan.py", "e = k @ rms(self.slots).T / math.sqrt(self.config.width)", "e = k @ rms(self.slots).T / 8", TALAN),
