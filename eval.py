@@ -160,6 +160,7 @@ COMMANDS = {"score": Settings, "compare": CompareSettings, "internals": Internal
 WORD = sys.argv[1] if sys.argv[1:2] and sys.argv[1] in COMMANDS else "score"
 GIVEN = given(COMMANDS[WORD], sys.argv[1 + (sys.argv[1:2] == [WORD]):]) if __name__ == "__main__" else {}  # --help needs no torch
 
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -432,9 +433,11 @@ def load_part(part: Path, key: str) -> tuple[list[Record], float]:
     """(records, seconds) of a task that an interrupted run of the same command finished; ([], 0) where there are none."""
     if not part.exists():
         return [], 0.0
-    head, *lines = part.read_text(encoding="utf-8").split("\n")[:-1]
-    stored = json.loads(head)
-    return ([json.loads(line) for line in lines], stored["seconds"]) if stored["key"] == key else ([], 0.0)
+    with contextlib.suppress(ValueError, LookupError, TypeError):  # something else than write_part's
+        stored, *records = [json.loads(line) for line in part.read_text(encoding="utf-8").split("\n")[:-1]]
+        if stored["key"] == key:
+            return records, stored["seconds"]
+    return [], 0.0
 
 
 def write_part(part: Path, key: str, records: Sequence[Record], seconds: float) -> None:
@@ -472,7 +475,7 @@ def recorded_backbone(adapter: str) -> str:
 
     for name in ("adapter_config.json", "talan_config.json") if adapter else ():
         if (file := checkpoint_folder(adapter) / name).exists() and (base := read_json(file).get("base_model_name_or_path")):
-            return base
+            return str(base)
     return str(HERE / "data/tiny/model")
 
 
@@ -563,11 +566,12 @@ def rescore(settings: Settings) -> dict[str, Record]:
             by_task.setdefault(old["task"], []).append(old)
         records = [new for name, rows in by_task.items() for new in rejudge(TASKS.get(name) or own(name, str(Path(file).resolve())), rows, settings)]
         changed = sum(new["verdicts"] != old["verdicts"] for new, old in zip(records, (old for rows in by_task.values() for old in rows)))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        summaries = summarize(records)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{file}: expected records written by eval.py, one JSON object a line: {error!r}") from None
     if not records:
         raise ValueError(f"{file}: no records")
-    print(f"{file}: {len(records)} records, {changed} verdicts changed\n{score_table(summaries := summarize(records))}")
+    print(f"{file}: {len(records)} records, {changed} verdicts changed\n{score_table(summaries)}")
     return summaries
 
 
@@ -914,5 +918,5 @@ def main(word: str, explicit: dict[str, Any]) -> None:
 if __name__ == "__main__":
     try:
         main(WORD, GIVEN)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"eval.py: {error}") from None

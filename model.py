@@ -775,7 +775,8 @@ class Tokenizer:
 
     def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> str:
         """messages [{role, content}] as text; thinking is off, dates are pinned. Raises ValueError when the template does."""
-        self.template.environment.end = time.thread_time() + Sandbox.SECONDS
+        sandbox: Any = self.template.environment
+        sandbox.end = time.thread_time() + Sandbox.SECONDS
         try:
             return self.template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, tools=None,
                                         documents=None, enable_thinking=False, date_string=TODAY.strftime("%d %b %Y"), **self.specials)

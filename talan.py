@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model import ModelConfig, Transformer, atomic, generator, load_model, read_json, read_tensor, save_model, tensor_info
+from model import DTYPES, ModelConfig, Transformer, atomic, generator, load_model, read_json, read_tensor, save_model, tensor_info
 
 KINDS = ("none", "lora", "dora", "rslora")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -113,7 +114,7 @@ class TalanConfig:
     def resolve(self, depth: int) -> tuple[int, ...]:
         """Layer indices in a model of `depth` layers. Raises ValueError on one out of range or named twice."""
         layers = tuple(int(x * depth) if isinstance(x, float) else x for x in self.layers)
-        wrong = [x for x in layers if x >= depth] + [x for x in set(layers) if layers.count(x) > 1]
+        wrong = [x for x in layers if x >= depth] + [a for a, b in pairwise(sorted(layers)) if a == b]
         if wrong:
             raise ValueError(f"layers: expected distinct indices from 0 to {depth - 1}, found {sorted(wrong)} in {self.layers}")
         return layers
@@ -125,12 +126,12 @@ def check_choice(problems: list[str], name: str, value: Any, allowed: tuple[str,
         problems.append(f"{name}: expected one of {', '.join(allowed)}, found {value!r}")
 
 
-def check_number(problems: list[str], name: str, value: Any, low: float, below: float = math.inf, above: bool = False, whole: bool = False) -> None:
+def check_number(problems: list[str], name: str, value: Any, low: float, below: float = 1e30, above: bool = False, whole: bool = False) -> None:
     """Add a line to problems unless value is a number (whole: an integer) with low <= value < below (above: low < value)."""
     fits = type(value) is int or (type(value) is float and not whole)
     if not (fits and (low < value if above else low <= value) and value < below):
         kind, edge = "an integer" if whole else "a number", "above" if above else "of at least"
-        problems.append(f"{name}: expected {kind} {edge} {low}{'' if below == math.inf else f' and below {below}'}, found {value!r}")
+        problems.append(f"{name}: expected {kind} {edge} {low}{'' if below == 1e30 else f' and below {below}'}, found {value!r}")
 
 
 def raise_all(what: str, problems: list[str]) -> None:
@@ -568,7 +569,7 @@ def checkpoint_folder(folder: str | Path) -> Path:
 def load_adapter(model: Transformer, folder: str | Path, scope: str = "joint") -> list[nn.Parameter]:
     """Attach what `folder` holds (ours or PEFT's) to a bare model; returns the trainable parameters.
 
-    Raises ValueError, with the model untouched, that lists every tensor missing, unexpected or of a wrong shape, every
+    Raises ValueError, with the model untouched, that lists every tensor missing, unexpected, of a wrong shape or not finite, every
     setting that is not supported, and a backbone (config + tokenizer) other than the one it was trained on.
     """
     folder = checkpoint_folder(folder)
@@ -583,6 +584,8 @@ def load_adapter(model: Transformer, folder: str | Path, scope: str = "joint") -
     attach(shadow, adapter, talan, scope)
     check_backbone(model, [folder / FILES[part][1] for part in present])
     problems = [p for part in present for p in tensor_problems(parts_of(shadow)[part][1], infos[part])]
+    problems = problems or [f"{name}: holds infinity or NaN" for part in present for name in infos[part]
+                            if not read_tensor(folder / FILES[part][1], name).isfinite().all()]
     raise_all(f"{folder}: does not fit this backbone and its own settings", problems)
     trainable = attach(model, adapter, talan, scope)
     for part, (_, tensors) in parts_of(model).items():
@@ -592,9 +595,10 @@ def load_adapter(model: Transformer, folder: str | Path, scope: str = "joint") -
 
 
 def tensor_problems(want: dict[str, Tensor], found: dict[str, tuple[tuple[int, ...], str]]) -> list[str]:
-    """Names and shapes in a file against those of the model, one line an offender."""
+    """Names, shapes and dtypes in a file against those of the model, one line an offender."""
     problems = [f"missing: {name} {tuple(want[name].shape)}" for name in sorted(set(want) - set(found))]
     problems += [f"unexpected: {name} {found[name][0]}" for name in sorted(set(found) - set(want))]
+    problems += [f"dtype: {name} is {dtype}, expected one of {sorted(DTYPES)}" for name, (_, dtype) in sorted(found.items()) if dtype not in DTYPES]
     return problems + [f"shape: {name} is {found[name][0]}, expected {tuple(want[name].shape)}"
                        for name in sorted(set(found) & set(want)) if found[name][0] != tuple(want[name].shape)]
 
@@ -616,9 +620,10 @@ def read_peft_config(file: Path, tensors: dict[str, Any]) -> AdapterConfig:
     problems += [f"{k}: not supported, found {v!r}" for k, v in sorted(raw.items())
                  if k not in PEFT_HARMLESS | set(PEFT_FIXED) and v not in (None, False, [], {}, "")]
     problems += [f"{k}: absent" for k in ("r", "lora_alpha", "target_modules") if k not in raw]
-    targets = raw.get("target_modules")
+    problems += [f"{k}: expected true or false, found {raw[k]!r}" for k in ("use_dora", "use_rslora") if raw.get(k) not in (None, False, True)]
+    targets: Any = raw.get("target_modules")
     if isinstance(targets, str) and targets not in TARGETS:  # a pattern or "all-linear": the tensors say what it matched
-        targets = sorted({name.split(".")[-3 if name.endswith(".weight") else -2] for name in tensors if "." in name})
+        targets = sorted({name.split(".")[-2] for name in (n.removesuffix(".weight") for n in tensors) if "." in name})
     raise_all(str(file), problems)
     if raw.get("use_dora") and raw.get("use_rslora"):
         raise_all(str(file), ["use_dora and use_rslora together are not supported"])
@@ -701,7 +706,7 @@ def main() -> None:
     with contextlib.suppress(BrokenPipeError):
         try:
             merge_command(MergeSettings(**args))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise SystemExit(f"talan.py: {error}") from None
 
 

@@ -68,9 +68,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Raise ValueError that lists every number out of range."""
-        above = [n for n in ("epochs", "step_tokens", "max_tokens", "lr") if not getattr(self, n) > 0]
+        above = [n for n in ("epochs", "step_tokens", "max_tokens", "lr") if not 0 < getattr(self, n) < 1e30]
         least = [n for n in ("steps", "dev_rows", "micro_tokens", "min_lr", "warmup", "weight_decay", "clip", "talan_lr_scale",
-                             "log_every", "eval_every", "save_every") if not getattr(self, n) >= 0]
+                             "log_every", "eval_every", "save_every") if not 0 <= getattr(self, n) < 1e30]
         wrong = [f"--{n.replace('_', '-')}: expected a number {'above' if n in above else 'of at least'} 0, found {getattr(self, n)}"
                  for n in above + least]
         if wrong:
@@ -98,8 +98,8 @@ from tqdm import tqdm
 from data.rows import Message, check_messages, parse_object, read_lines
 from eval import Settings as EvalSettings, compare_table, find_tasks, load_items, score
 from model import Tokenizer, Transformer, atomic, choose_device, choose_dtype, generator, header, keep_freed_memory
-from model import load_model, load_tokenizer, pad_rows, read_json, save_model
-from talan import AdapterConfig, TalanConfig, attach, attached, checkpoint_folder, group_of, report, save_adapter
+from model import load_model, load_tokenizer, pad_rows, read_json, save_model, tensor_info
+from talan import AdapterConfig, TalanConfig, attach, attached, checkpoint_folder, group_of, raise_all, report, save_adapter, tensor_problems
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows -> token ids and labels
@@ -418,19 +418,23 @@ def remove_folder(folder: Path) -> None:
 
 
 def load_checkpoint(run: Path, model: Transformer, optimizer: torch.optim.AdamW) -> int:
-    """Put parameters and optimizer state of the newest checkpoint into model and optimizer; returns its step, 0 without one."""
+    """Put parameters and optimizer state of the newest checkpoint into model and optimizer; returns its step, 0 without one.
+
+    Raises ValueError, with both untouched, when it is of another format, not readable, or of other tensors.
+    """
     folder = checkpoint_folder(run)
     if not (folder / "train_state.json").exists():
         return 0
     info = read_json(folder / "train_state.json")
-    if info.get("format") != 1:
-        raise ValueError(f"{folder}: train_state of format {info.get('format')!r}, this code reads 1")
-    state = load_file(folder / "train_state.safetensors")
+    if info.get("format") != 1 or type(info.get("step")) is not int or info["step"] < 1:
+        raise ValueError(f"{folder}: train_state of format {info.get('format')!r} at step {info.get('step')!r}, this code reads format 1 from step 1")
+    found = tensor_info(folder / "train_state.safetensors")
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    moved = [name for name in named if f"step.{name}" in state]  # a parameter that never had a gradient has no moments
-    want = {f"parameter.{name}" for name in named} | {f"{key}.{name}" for name in moved for key in MOMENTS}
-    if want != set(state):
-        raise ValueError(f"{folder}: train_state does not fit these settings: {sorted(want ^ set(state))}")
+    moved = [name for name in named if f"step.{name}" in found]  # a parameter that never had a gradient has no moments
+    want: dict[str, Tensor] = {f"parameter.{name}": p for name, p in named.items()}
+    want |= {f"{key}.{name}": torch.zeros(()) if key == "step" else named[name] for name in moved for key in MOMENTS}
+    raise_all(f"{folder}: train_state does not fit these settings", tensor_problems(want, found))
+    state = load_file(folder / "train_state.safetensors")
     for name, p in named.items():
         p.data.copy_(state[f"parameter.{name}"])
         if name in moved:
@@ -462,7 +466,7 @@ class Metrics:
     @staticmethod
     def keeps(line: str, step: int) -> bool:
         """Is this a whole line about a step that the checkpoint has?"""
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, AttributeError, TypeError):
             return json.loads(line).get("step", 0) <= step
         return False
 
@@ -500,11 +504,21 @@ def choose_run(settings: Settings, explicit: dict[str, Any]) -> tuple[Path, Sett
                                                    "it holds no run, so it is neither resumed nor overwritten"))
         return run, settings
     saved: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in read_json(stored).items()}
+    usual = asdict(Settings())
+    if wrong := [f"{k}: {v!r}" for k, v in saved.items() if k not in usual or not same_kind(v, usual[k])]:
+        raise ValueError(f"{stored}: expected the settings of a run of this version, found {', '.join(wrong)}")
     differ = [f"{k}: this command says {v}, the run has {saved.get(k)}" for k, v in explicit.items()
               if k not in ("out", "resume", "overwrite") and v != saved.get(k)]
     if differ:
         raise ValueError(f"{run}: cannot resume with other settings:\n  " + "\n  ".join(differ))
     return run, Settings(**saved | {"resume": True})
+
+
+def same_kind(value: Any, usual: Any) -> bool:
+    """Is this a value that the setting may have, going by its default?"""
+    if isinstance(usual, tuple):
+        return isinstance(value, tuple) and all(isinstance(x, str) for x in value)
+    return type(value) is type(usual) or (type(value), type(usual)) == (int, float)
 
 
 def make_run(run: Path, settings: Settings) -> None:
@@ -534,6 +548,8 @@ def train(settings: Settings, run: Path, model: Transformer, rows: list[Row], de
     metrics = Metrics(run, first or -1)
     lengths = [len(row.ids) for row in rows]
     steps = settings.steps or max(1, round(settings.epochs * len(plan_epoch(lengths, settings.step_tokens, 0, settings.seed, 0))))
+    if first > steps:
+        raise ValueError(f"{run}: its checkpoint is of step {first:,}, but the run has {steps:,} steps")
     budget = settings.micro_tokens or settings.step_tokens
     forward = torch.compile(model, dynamic=True) if settings.compile else model
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -658,5 +674,5 @@ def main(explicit: dict[str, Any]) -> None:
 if __name__ == "__main__":
     try:
         main(GIVEN)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"train.py: {error}") from None

@@ -345,8 +345,8 @@ def internals_table(result: Record) -> str:
         """Cells of one line; without a value, a dash."""
         if entry.get(name) is None:
             return [text, "-", "", ""]
-        tokens = pair(entry["p5"], entry["p95"]) if name == "median" else ""
-        return [text, f"{scale * entry[name]:.3g}", pair(*entry[f"{name}_interval95"], scale=scale), tokens]
+        tokens, (low, high) = pair(entry["p5"], entry["p95"]) if name == "median" else "", entry[f"{name}_interval95"]
+        return [text, f"{scale * entry[name]:.3g}", pair(low, high, scale), tokens]
 
     rows = [row(f"layer {layer}: {LINES[name][0]}", entry[name], *LINES[name][1:]) for layer, entry in result["insertions"].items()
             for name in LINES if name in entry]
