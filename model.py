@@ -199,14 +199,19 @@ def is_positive(value: Any) -> bool:
 def read_json(file: Path) -> dict[str, Any]:
     """Parse a JSON object. Raises ValueError with the file's name when it is absent, not one, or names a field twice."""
     try:
-        if not file.is_file():  # nor a pipe or device, which would be read for ever
-            raise OSError("no such file")
-        value = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        value = json.loads(read_text(file), object_pairs_hook=unique)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: expected a readable JSON file: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def read_text(file: Path) -> str:
+    """Its text, which is UTF-8. Raises OSError or ValueError, also on a pipe or device, which would be read for ever."""
+    if not file.is_file():
+        raise OSError("no such file")
+    return file.read_text(encoding="utf-8")
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -557,7 +562,7 @@ def fingerprint(config: ModelConfig, folder: Path) -> str:
     values, defaults = dataclasses.asdict(config), {f.name: f.default for f in dataclasses.fields(config)}
     computed = {k: v for k, v in values.items() if k not in ("dtype", "max_position_embeddings") and v != defaults[k]}
     digest = hashlib.sha256(json.dumps(computed, sort_keys=True).encode())
-    if (folder / "tokenizer.json").exists():
+    if (folder / "tokenizer.json").is_file():
         digest.update((folder / "tokenizer.json").read_bytes())
     return digest.hexdigest()
 
@@ -788,7 +793,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """tokenizer.json, chat template and stop ids of a checkpoint folder or hub id. Raises ValueError."""
     folder = resolve_folder(path)
     try:
-        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        text = read_text(folder / "tokenizer.json")
         if re.search(r'"continuing_subword_prefix"\s*:\s*"[^"]', text):  # a wrong one makes the library end the process
             raise ValueError("a continuing_subword_prefix is not supported")
         core = tokenizers.Tokenizer.from_str(text)
@@ -799,7 +804,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     core.post_processor = tokenizers.processors.Sequence([])  # adds no BOS and leaves character offsets exact
     settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
     check_vocabulary(core, settings, folder)
-    named = {name: token.get("content") if isinstance(token, dict) else token for name, token in settings.items() if name.endswith("_token")}
+    named = {name: token.get("content", token) if isinstance(token, dict) else token for name, token in settings.items() if name.endswith("_token")}
     if wrong := [f"{name}: {token!r}" for name, token in named.items() if not isinstance(token, (str, bool, type(None)))]:
         raise ValueError(f"{folder / 'tokenizer_config.json'}: expected tokens in text, found {', '.join(wrong)}")
     specials = {name: token for name, token in named.items() if isinstance(token, str)}
@@ -843,7 +848,7 @@ def template_source(settings: dict[str, Any], folder: Path) -> str:
     """chat_template.jinja, else tokenizer_config.json's chat_template (a list: the one named default), else the plain one."""
     if (file := folder / "chat_template.jinja").exists():
         try:
-            return file.read_text(encoding="utf-8")
+            return read_text(file)
         except (OSError, ValueError) as error:
             raise ValueError(f"{file}: expected a readable template: {error}") from None
     template = settings.get("chat_template") or PLAIN_TEMPLATE
