@@ -160,6 +160,7 @@ COMMANDS = {"score": Settings, "compare": CompareSettings, "internals": Internal
 WORD = sys.argv[1] if sys.argv[1:2] and sys.argv[1] in COMMANDS else "score"
 GIVEN = given(COMMANDS[WORD], sys.argv[1 + (sys.argv[1:2] == [WORD]):]) if __name__ == "__main__" else {}  # --help needs no torch
 
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -270,6 +271,7 @@ def run_tests(task: Task, records: Sequence[Record], items: Sequence[Record], se
     """The same for programs, in the sandbox: base, and, where there are plus tests, plus (both have to pass)."""
     from data.sandbox import Limits, run_programs
 
+    assert task.program  # kind code has one
     say_protections()
     by_id, limits = {item["id"]: item for item in items}, Limits(seconds=settings.seconds, memory_mb=settings.memory_mb)
     programs = [task.program(by_id[r["id"]], r["completion"], r["format"]) for r in records]
@@ -370,7 +372,7 @@ def score_table(summaries: dict[str, Record]) -> str:
 
 def compare_table(base: dict[str, Record], adapted: dict[str, Record]) -> str:
     """task, n, base, adapted, difference; the last line is the mean over tasks."""
-    pairs = [(task, base[task]["n"], base[task]["score"], adapted[task]["score"]) for task in base]
+    pairs: list[tuple[Any, ...]] = [(task, base[task]["n"], base[task]["score"], adapted[task]["score"]) for task in base]
     mean = [sum(pair[i] for pair in pairs) / len(pairs) for i in (2, 3)]
     rows = [[task, n, f"{a:.1f}", f"{b:.1f}", f"{b - a:+.1f}"] for task, n, a, b in [*pairs, ("mean", "", *mean)]]
     return table(["task", "n", "base", "adapted", "difference"], rows)
@@ -406,7 +408,8 @@ def score(settings: Settings) -> dict[str, Record]:
                           "prompt_sha256": sha256("\0".join(p.text for p in prompts[task.name]).encode())} for task in tasks}
     about = {**header(asdict(settings), device), "backbone": backbone, "fingerprint": model.fingerprint, "run_seed": run_seed(settings.adapter),
              "adapter_sha256": adapter_sha256(settings.adapter), "dtype": str(model.head_weight.dtype).removeprefix("torch.")}
-    records, summaries, speed = [], {}, {}
+    records: list[Record] = []
+    summaries, speed = {}, {}
     for task in tasks:
         part, key = out / f".{task.name}.part", sha256(json.dumps([about, hashes[task.name]], sort_keys=True).encode())
         began = time.perf_counter()
@@ -441,9 +444,11 @@ def load_part(part: Path, key: str) -> tuple[list[Record], float]:
     """(records, seconds) of a task that an interrupted run of the same command finished; ([], 0) where there are none."""
     if not part.exists():
         return [], 0.0
-    head, *lines = part.read_text(encoding="utf-8").split("\n")[:-1]
-    stored = json.loads(head)
-    return ([json.loads(line) for line in lines], stored["seconds"]) if stored["key"] == key else ([], 0.0)
+    with contextlib.suppress(ValueError, LookupError, TypeError):  # something else than write_part's
+        stored, *records = [json.loads(line) for line in part.read_text(encoding="utf-8").split("\n")[:-1]]
+        if stored["key"] == key:
+            return records, stored["seconds"]
+    return [], 0.0
 
 
 def write_part(part: Path, key: str, records: Sequence[Record], seconds: float) -> None:
@@ -481,7 +486,7 @@ def recorded_backbone(adapter: str) -> str:
 
     for name in ("adapter_config.json", "talan_config.json") if adapter else ():
         if (file := checkpoint_folder(adapter) / name).exists() and (base := read_json(file).get("base_model_name_or_path")):
-            return base
+            return str(base)
     return str(HERE / "data/tiny/model")
 
 
@@ -566,18 +571,20 @@ def write_answers(task: Task, prompts: Sequence[list[int]], numbers: Sequence[in
 
 def rescore(settings: Settings) -> dict[str, Record]:
     """Judge stored records again, offline; prints the table and how many verdicts changed. Raises ValueError."""
-    file, by_task = settings.rescore, {}
+    file = settings.rescore
+    by_task: dict[str, list[Record]] = {}
     try:
         stored = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").split("\n") if line]
         for old in stored:
             by_task.setdefault(old["task"], []).append(old)
         records = [new for name, rows in by_task.items() for new in rejudge(TASKS.get(name) or own(name, str(Path(file).resolve())), rows, settings)]
         changed = sum(new["verdicts"] != old["verdicts"] for new, old in zip(records, (old for rows in by_task.values() for old in rows)))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        summaries = summarize(records)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{file}: expected records written by eval.py, one JSON object a line: {error!r}") from None
     if not records:
         raise ValueError(f"{file}: no records")
-    print(f"{file}: {len(records)} records, {changed} verdicts changed\n{score_table(summaries := summarize(records))}")
+    print(f"{file}: {len(records)} records, {changed} verdicts changed\n{score_table(summaries)}")
     return summaries
 
 
@@ -926,5 +933,5 @@ if __name__ == "__main__":
         main(WORD, GIVEN)
         if "data.ranks" in sys.modules:
             sys.modules["data.ranks"].close_ranks()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"eval.py: {error}") from None

@@ -22,12 +22,14 @@ import platform
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.compiler
 import jinja2.ext
 import jinja2.sandbox
 import numpy
@@ -159,6 +161,8 @@ def head_problems(raw: dict[str, Any]) -> list[str]:
         problems.append(f"head_dim: absent, and hidden_size={raw['hidden_size']} is no multiple of {heads} heads")
     if (raw.get("head_dim") or 2) % 2:
         problems.append(f"head_dim: expected an even number, found {raw['head_dim']}")
+    if heads * (raw.get("head_dim") or 128) > LIMIT:
+        problems.append(f"head_dim: expected at most {LIMIT} in all {heads} heads together, found {raw.get('head_dim') or 128} in each")
     return problems
 
 
@@ -169,11 +173,14 @@ def read_rope(raw: dict[str, Any], problems: list[str]) -> tuple[float, RopeScal
         problems.append(f"rope_scaling, rope_parameters: expected objects or null, found {parts}")
         parts = [{}]
     rope = {key: value for part in parts for key, value in part.items()}
+    if twice := sorted(key for key in parts[0] if rope[key] != parts[0][key]):
+        problems.append(f"rope_scaling, rope_parameters: expected one value each of {', '.join(twice)}, found {parts}")
     theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
     if not is_positive(theta) or not 1 < theta < 1e12 or raw.get("rope_theta", theta) != theta:
         problems.append(f"rope_theta: expected one number above 1, found {theta!r} and {raw.get('rope_theta')!r}")
     kind = rope.pop("rope_type", rope.get("type", "default"))
-    rope.pop("type", None)
+    if rope.pop("type", kind) != kind:
+        problems.append(f"rope_type: expected the same as type, found {kind!r}")
     wanted = set(RopeScaling.__dataclass_fields__) if kind == "llama3" else set()
     if kind not in ("default", "llama3"):
         problems.append(f"rope_type: expected 'default' or 'llama3', found {kind!r}")
@@ -187,19 +194,33 @@ def read_rope(raw: dict[str, Any], problems: list[str]) -> tuple[float, RopeScal
 
 
 def is_positive(value: Any) -> bool:
-    """Is this a finite number above 0?"""
-    return type(value) in (int, float) and 0 < value < math.inf
+    """Is this a number above 0, and no absurd one?"""
+    return type(value) in (int, float) and 0 < value < 1e12
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Parse a JSON object. Raises ValueError with the file's name when it is absent or not one."""
+    """Parse a JSON object. Raises ValueError with the file's name when it is absent, not one, or names a field twice."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(read_text(file), object_pairs_hook=unique)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: expected a readable JSON file: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def read_text(file: Path) -> str:
+    """Its text, which is UTF-8. Raises OSError or ValueError, also on a pipe or device, which would be read for ever."""
+    if not file.is_file():
+        raise OSError("no such file")
+    return file.read_text(encoding="utf-8")
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The fields of a JSON object. Raises ValueError on one that is there twice: which of the two counts?"""
+    if len(made := dict(pairs)) < len(pairs):
+        raise ValueError(f"a field comes twice among {', '.join(name for name, _ in pairs)}")
+    return made
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -348,7 +369,7 @@ class Cache:
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.lengths = torch.zeros(rows, dtype=torch.int64, device="cpu")
-        self.side: dict[int, tuple[Tensor, Tensor]] = {}
+        self.side: dict[int, tuple[Tensor, ...]] = {}
         self.capacity = capacity
 
     def append(self, layer: int, k: Tensor, v: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
@@ -387,11 +408,19 @@ class Cache:
 class Transformer(nn.Module):
     """tokens (B,T) -> hidden (B,T,D) -> logits (B,T,V). Its weights are for `load_model` or `init_weights` to fill."""
 
+    model: Any  # embed_tokens, layers (of Block), norm: a checkpoint's names
+    lm_head: nn.Linear
+    inverse_frequencies: Tensor  # (Dh/2,)
+    folder: Path | None  # where load_model found it,
+    fingerprint: str | None  # and which backbone it is
+    adapter_config: Any  # these two are what talan.attach leaves, if it was called
+    talan_config: Any
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.checkpointing = False  # recompute each block in backward
-        self.source, self.folder, self.fingerprint = "", None, None  # where load_model found it, and which backbone it is
+        self.source, self.folder, self.fingerprint = "", None, None
         self.model = nn.Module()
         table = torch.zeros(config.vocab_size, config.hidden_size)  # on the meta device a random start imports half of torch
         self.model.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
@@ -412,11 +441,14 @@ class Transformer(nn.Module):
         lengths (B,): real tokens per row, the rest is padding on the right; needed only with a cache (None: all T).
         Raises ValueError on a wrong shape or when the cache is too small.
         """
-        if tokens.dim() != 2 or tokens.is_floating_point() or (lengths is not None and lengths.shape != tokens.shape[:1]):
+        if tokens.dim() != 2 or tokens.dtype not in (torch.int32, torch.int64) or (lengths is not None and lengths.shape != tokens.shape[:1]):
             raise ValueError(f"expected integer tokens (B,T) and lengths (B,), found {tuple(tokens.shape)} {tokens.dtype}"
                              + ("" if lengths is None else f" and {tuple(lengths.shape)}"))
         ctx = self.context(tokens, cache, lengths)
-        h = self.model.embed_tokens(tokens)  # (B,T,D)
+        try:
+            h = self.model.embed_tokens(tokens)  # (B,T,D)
+        except IndexError:  # on a CPU; a GPU's own assertion is fatal, and a check here would have to wait for it at each call
+            raise ValueError(f"expected token ids from 0 to {self.config.vocab_size - 1}, found {tokens.min()} to {tokens.max()}") from None
         for block in self.model.layers:
             recompute = self.checkpointing and torch.is_grad_enabled()  # use_reentrant=False: h needs no gradient of its own
             h = checkpoint(block, h, ctx, use_reentrant=False) if recompute else block(h, ctx)
@@ -468,6 +500,8 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError as error:
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}: {error}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}, which nothing here was tried on")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: {name!r} asked for, {torch.cuda.device_count()} GPUs found")
     return device
@@ -513,8 +547,8 @@ def resolve_folder(path: str | Path) -> Path:
     """A local folder as it is, a Hugging Face id ("Qwen/Qwen3-0.6B") downloaded or from its cache. Raises ValueError."""
     if Path(path).is_dir():
         return Path(path)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or str(path).startswith("."):
-        raise ValueError(f"{path}: no such folder, and not a Hugging Face id of the form owner/name")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or str(path).startswith(".") or os.path.exists(path):
+        raise ValueError(f"{path}: {'a file' if os.path.exists(path) else 'no such folder'}, and not a Hugging Face id of the form owner/name")
     from huggingface_hub import snapshot_download
 
     try:
@@ -551,7 +585,7 @@ def fingerprint(config: ModelConfig, folder: Path) -> str:
     values, defaults = dataclasses.asdict(config), {f.name: f.default for f in dataclasses.fields(config)}
     computed = {k: v for k, v in values.items() if k not in ("dtype", "max_position_embeddings") and v != defaults[k]}
     digest = hashlib.sha256(json.dumps(computed, sort_keys=True).encode())
-    if (folder / "tokenizer.json").exists():
+    if (folder / "tokenizer.json").is_file():
         digest.update((folder / "tokenizer.json").read_bytes())
     return digest.hexdigest()
 
@@ -563,7 +597,10 @@ def file_hash(file: str | Path) -> str:
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file that holds it, from model.safetensors or the index of its shards."""
+    """Tensor name -> the safetensors file that holds it, from model.safetensors or the index of its shards.
+
+    An index may name files of its own folder only. They may be symbolic links to anywhere, as those of the hub's cache are.
+    """
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return dict.fromkeys(tensor_info(folder / "model.safetensors"), folder / "model.safetensors")
@@ -581,10 +618,13 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 def tensor_info(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Name -> (shape, dtype) of every tensor in a safetensors file. Raises ValueError when it is not one."""
     try:
+        if not file.is_file():
+            raise OSError("no such file")
         with safe_open(file, framework="pt") as f:
             return {name: (tuple(f.get_slice(name).get_shape()), f.get_slice(name).get_dtype()) for name in f.keys()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: expected a readable safetensors file: {error}") from None
+        raise ValueError(f"{file}: expected a readable safetensors file (pickled weights, such as pytorch_model.bin, are never read: "
+                         f"convert them to safetensors): {error}") from None
 
 
 def read_tensor(file: Path, name: str) -> Tensor:
@@ -599,8 +639,8 @@ def check_tensors(model: Transformer, files: dict[str, Path], folder: Path) -> N
     want = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = {name for name in info if not name.endswith("rotary_emb.inv_freq")}  # a buffer of old checkpoints
     if model.config.tie_word_embeddings and "lm_head.weight" in found and "model.embed_tokens.weight" in found:
-        tied = [read_tensor(files[name], name) for name in ("lm_head.weight", "model.embed_tokens.weight")]
-        if torch.equal(*tied) if tied[0].shape == tied[1].shape else False:
+        head, table = "lm_head.weight", "model.embed_tokens.weight"
+        if info[head] == info[table] and info[head][1] in DTYPES and torch.equal(read_tensor(files[head], head), read_tensor(files[table], table)):
             found.discard("lm_head.weight")  # written although tied, and equal: nothing is lost
     problems = [f"missing: {name} {want[name]}" for name in sorted(set(want) - found)]
     problems += [f"unexpected: {name} {info[name][0]}" for name in sorted(found - set(want))]
@@ -689,18 +729,73 @@ class GenerationTag(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class Counted(jinja2.compiler.CodeGenerator):
+    """Compiles into each block (loop, macro, branch) a look at the clock, and around each call, filter and a ~ b one at the result."""
+
+    def blockvisit(self, nodes: Any, frame: Any) -> None:
+        self.writeline("environment.step()")
+        super().blockvisit(nodes, frame)
+
+    def visit(self, node: Any, *args: Any, **options: Any) -> None:
+        sized = isinstance(node, (jinja2.nodes.Call, jinja2.nodes.Filter, jinja2.nodes.Concat))
+        self.write("environment.fit(" * sized)
+        super().visit(node, *args, **options)
+        self.write(")" * sized)
+
+
+class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """jinja2's immutable sandbox that also ends: after SECONDS of this thread's processor time, and at a number, text or list beyond LIMIT.
+
+    It needs no signal and no second thread. Not caught: a width in a format string, and one replace that multiplies two long texts.
+    """
+
+    SECONDS = 2.0  # templates take about a millisecond
+    end = math.inf  # on the thread's clock
+    code_generator_class = Counted
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
+
+    def step(self) -> None:
+        """Raises SecurityError when the time is over."""
+        if time.thread_time() > self.end:
+            raise jinja2.sandbox.SecurityError(f"no end after {self.SECONDS:g} s")
+
+    def fit(self, value: Any) -> Any:
+        """The value. Raises SecurityError when it is too large."""
+        if (abs(value) if type(value) is int else len(value) if isinstance(value, (str, list, tuple)) else 0) > LIMIT:
+            raise jinja2.sandbox.SecurityError(f"a number, or characters or items, beyond {LIMIT:,}")
+        return value
+
+    def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]  # jinja2's own is "".join
+        """What a macro, a block or the whole template wrote. Raises SecurityError when it is too long."""
+        kept, room = [], LIMIT
+        for part in parts:
+            kept.append(part)
+            if (room := room - len(part)) < 0:
+                raise jinja2.sandbox.SecurityError(f"characters beyond {LIMIT:,}")
+        return "".join(kept)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """left operator right. Raises SecurityError on powers and on too large a result."""
+        a, b = (len(x) if hasattr(x, "__len__") else abs(x) for x in (left, right))
+        if operator == "**" or operator == "*" and a * b > LIMIT:
+            raise jinja2.sandbox.SecurityError(f"too large a result of {operator}")
+        return self.fit(super().call_binop(context, operator, left, right))
+
+
 def compile_template(source: str) -> jinja2.Template:
-    """A chat template in jinja2's immutable sandbox, with the helpers that templates expect."""
+    """A chat template in the sandbox, with the helpers that templates expect."""
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                       extensions=[GenerationTag, jinja2.ext.loopcontrols])
+    env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols])
     env.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    env.globals.pop("lipsum")
     env.globals.update(raise_exception=raise_exception, strftime_now=TODAY.strftime)
     try:
+        for constant in env.parse(source).find_all(jinja2.nodes.Const):
+            env.fit(constant.value)
         return env.from_string(source)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError) as error:  # Python's own parser has limits too
         raise ValueError(f"the chat template does not parse: {error}") from None
 
 
@@ -715,7 +810,14 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of rendered text. Nothing is added: a template writes its own BOS."""
-        return self.core.encode(text, add_special_tokens=False).ids
+        return self.encoding(text).ids
+
+    def encoding(self, text: str) -> tokenizers.Encoding:
+        """The same with each token's place in the text. Raises ValueError where the tokenizer has no token for a character."""
+        try:
+            return self.core.encode(text, add_special_tokens=False)
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"the tokenizer refuses this text: {error}") from None
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Text of token ids."""
@@ -723,6 +825,8 @@ class Tokenizer:
 
     def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> str:
         """messages [{role, content}] as text; thinking is off, dates are pinned. Raises ValueError when the template does."""
+        sandbox: Any = self.template.environment
+        sandbox.end = time.thread_time() + Sandbox.SECONDS
         try:
             return self.template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, tools=None,
                                         documents=None, enable_thinking=False, date_string=TODAY.strftime("%d %b %Y"), **self.specials)
@@ -734,7 +838,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """tokenizer.json, chat template and stop ids of a checkpoint folder or hub id. Raises ValueError."""
     folder = resolve_folder(path)
     try:
-        core = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        text = read_text(folder / "tokenizer.json")
+        if re.search(r'"continuing_subword_prefix"\s*:\s*"[^"]', text):  # a wrong one makes the library end the process
+            raise ValueError("a continuing_subword_prefix is not supported")
+        core = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"{folder / 'tokenizer.json'}: expected a readable tokenizer: {error}") from None
     core.no_padding()
@@ -742,16 +849,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     core.post_processor = tokenizers.processors.Sequence([])  # adds no BOS and leaves character offsets exact
     settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
     check_vocabulary(core, settings, folder)
-    specials = {name: token if isinstance(token, str) else token["content"] for name, token in settings.items()
-                if name.endswith("_token") and isinstance(token, (str, dict))}
+    named = {name: token.get("content", token) if isinstance(token, dict) else token for name, token in settings.items() if name.endswith("_token")}
+    if wrong := [f"{name}: {token!r}" for name, token in named.items() if not isinstance(token, (str, bool, type(None)))]:
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: expected tokens in text, found {', '.join(wrong)}")
+    specials = {name: token for name, token in named.items() if isinstance(token, str)}
     eos_ids = stop_ids(core, specials, folder)
     return Tokenizer(core, compile_template(template_source(settings, folder)), eos_ids, specials)
 
 
 def check_vocabulary(core: tokenizers.Tokenizer, settings: dict[str, Any], folder: Path) -> None:
     """The added tokens that tokenizer_config.json lists must be in tokenizer.json, and all ids inside the embedding."""
+    added = settings.get("added_tokens_decoder") or {}
+    if not isinstance(added, dict) or not all(isinstance(e, dict) and isinstance(e.get("content"), str) for e in added.values()):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder: expected {{content}} by id, found {str(added)[:200]}")
     wrong = [f"{entry['content']!r}: tokenizer_config.json says id {key}, tokenizer.json says {core.token_to_id(entry['content'])}"
-             for key, entry in settings.get("added_tokens_decoder", {}).items() if core.token_to_id(entry["content"]) != int(key)]
+             for key, entry in added.items() if str(core.token_to_id(entry["content"])) != key]
     rows = ModelConfig.from_dir(folder).vocab_size if (folder / "config.json").exists() else LIMIT
     top = max(core.get_vocab().values(), default=-1)
     if top >= rows:
@@ -762,13 +874,14 @@ def check_vocabulary(core: tokenizers.Tokenizer, settings: dict[str, Any], folde
 
 def stop_ids(core: tokenizers.Tokenizer, specials: dict[str, str], folder: Path) -> tuple[int, ...]:
     """Union of the end-of-sequence ids in generation_config.json, tokenizer_config.json and config.json."""
-    ids, wrong = [core.token_to_id(specials["eos_token"])] if "eos_token" in specials else [], []
-    if ids == [None]:
-        wrong.append(f"tokenizer_config.json: eos_token {specials['eos_token']!r} is not in tokenizer.json")
+    token, wrong = specials.get("eos_token"), []
+    ids = [] if token is None or (i := core.token_to_id(token)) is None else [i]
+    if token is not None and not ids:
+        wrong.append(f"tokenizer_config.json: eos_token {token!r} is not in tokenizer.json")
     for name in ("generation_config.json", "config.json"):
         value = read_json(folder / name).get("eos_token_id") if (folder / name).exists() else None
         values = value if isinstance(value, list) else [] if value is None else [value]
-        if any(type(i) is not int or i < 0 for i in values):
+        if any(type(i) is not int or not 0 <= i < LIMIT for i in values):
             wrong.append(f"{name}: eos_token_id: expected a token id or a list of them, found {value!r}")
         ids += values
     if wrong:
@@ -778,8 +891,11 @@ def stop_ids(core: tokenizers.Tokenizer, specials: dict[str, str], folder: Path)
 
 def template_source(settings: dict[str, Any], folder: Path) -> str:
     """chat_template.jinja, else tokenizer_config.json's chat_template (a list: the one named default), else the plain one."""
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if (file := folder / "chat_template.jinja").exists():
+        try:
+            return read_text(file)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file}: expected a readable template: {error}") from None
     template = settings.get("chat_template") or PLAIN_TEMPLATE
     if isinstance(template, list):
         template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None)
@@ -828,7 +944,7 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_token
     draws = [torch.rand(max_new_tokens, dtype=torch.float64, generator=generator(seed, i)) for i in numbers or range(len(prompts))]
     out: list[list[int]] = [[] for _ in prompts]
     queue = sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if max_new_tokens else []  # the longest first, from the end
-    rows: list[int | None] = [None] * min(batch_rows, len(queue))  # which prompt each row works on
+    rows: list[Any] = [None] * min(batch_rows, len(queue))  # which prompt each row works on; None: idle
     cache = Cache(model.config, len(rows), max(map(len, prompts), default=0) + max_new_tokens, device, model.head_weight.dtype)
     last = torch.zeros(len(rows), 1, dtype=torch.int64)
     training = model.training
@@ -879,8 +995,8 @@ def check_generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new
     wrong = [f"prompt {i}: expected at least one token id" for i, p in enumerate(prompts) if len(p) == 0]
     wrong += [f"prompt {i}: token ids must be from 0 to {V - 1}, found {min(p)} to {max(p)}"
               for i, p in enumerate(prompts) if len(p) and not (0 <= min(p) and max(p) < V)]
-    if max_new_tokens < 0 or batch_rows < 1:
-        wrong.append(f"expected max_new_tokens >= 0 and batch_rows >= 1, found {max_new_tokens} and {batch_rows}")
+    if not 0 <= max_new_tokens <= LIMIT or batch_rows < 1:
+        wrong.append(f"expected max_new_tokens from 0 to {LIMIT} and batch_rows >= 1, found {max_new_tokens} and {batch_rows}")
     if not (0 <= temperature < math.inf and 0 < top_p <= 1):
         wrong.append(f"expected temperature >= 0 and 0 < top_p <= 1, found {temperature} and {top_p}")
     if wrong:

@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.settings import nearest
-from model import ModelConfig, Transformer, atomic, generator, load_model, read_json, read_tensor, save_model, tensor_info
+from model import DTYPES, ModelConfig, Transformer, atomic, generator, load_model, read_json, read_tensor, save_model, tensor_info
 
 KINDS = ("none", "lora", "dora", "rslora")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -114,7 +115,7 @@ class TalanConfig:
     def resolve(self, depth: int) -> tuple[int, ...]:
         """Layer indices in a model of `depth` layers. Raises ValueError on one out of range or named twice."""
         layers = tuple(int(x * depth) if isinstance(x, float) else x for x in self.layers)
-        wrong = [x for x in layers if x >= depth] + [x for x in set(layers) if layers.count(x) > 1]
+        wrong = [x for x in layers if x >= depth] + [a for a, b in pairwise(sorted(layers)) if a == b]
         if wrong:
             raise ValueError(f"layers: expected distinct indices from 0 to {depth - 1}, found {sorted(wrong)} in {self.layers}")
         return layers
@@ -126,12 +127,12 @@ def check_choice(problems: list[str], name: str, value: Any, allowed: tuple[str,
         problems.append(f"{name}: expected one of {', '.join(allowed)}, found {value!r}{nearest(value, allowed)}")
 
 
-def check_number(problems: list[str], name: str, value: Any, low: float, below: float = math.inf, above: bool = False, whole: bool = False) -> None:
+def check_number(problems: list[str], name: str, value: Any, low: float, below: float = 1e30, above: bool = False, whole: bool = False) -> None:
     """Add a line to problems unless value is a number (whole: an integer) with low <= value < below (above: low < value)."""
     fits = type(value) is int or (type(value) is float and not whole)
     if not (fits and (low < value if above else low <= value) and value < below):
         kind, edge = "an integer" if whole else "a number", "above" if above else "of at least"
-        problems.append(f"{name}: expected {kind} {edge} {low}{'' if below == math.inf else f' and below {below}'}, found {value!r}")
+        problems.append(f"{name}: expected {kind} {edge} {low}{'' if below == 1e30 else f' and below {below}'}, found {value!r}")
 
 
 def raise_all(what: str, problems: list[str]) -> None:
@@ -165,14 +166,14 @@ class LowRank(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         x, z, A, *weights = ctx.saved_tensors
         count, (need_x, _, _, *needs) = len(dys), ctx.needs_input_grad
-        dys, W, B = [dy.reshape(-1, dy.shape[-1]) for dy in dys], weights[:count], weights[count:]
-        dz = torch.cat([ctx.s * (dy @ b) for dy, b in zip(dys, B)], -1)  # (N,n r)
-        dx = dz @ A if need_x else None
-        for dy, w in zip(dys, W if need_x else ()):
+        flat, W, B = [dy.reshape(-1, dy.shape[-1]) for dy in dys], weights[:count], weights[count:]
+        dz = torch.cat([ctx.s * (dy @ b) for dy, b in zip(flat, B)], -1)  # (N,n r)
+        dx: Any = dz @ A if need_x else None
+        for dy, w in zip(flat, W if need_x else ()):
             dx.addmm_(dy, w)
-        dW = [dy.T @ x if need else None for dy, need in zip(dys, needs)]
+        dW = [dy.T @ x if need else None for dy, need in zip(flat, needs)]
         dA = (dz.T @ x).chunk(count) if any(needs[count:]) else [None] * count
-        dB = [ctx.s * (dy.T @ part) if need else None for dy, part, need in zip(dys, z.chunk(count, -1), needs[-count:])]
+        dB = [ctx.s * (dy.T @ part) if need else None for dy, part, need in zip(flat, z.chunk(count, -1), needs[-count:])]
         return None if dx is None else dx.view(ctx.shape), None, None, *dW, *dA, *dB
 
 
@@ -200,6 +201,8 @@ class AdapterLinear(nn.Module):
     DoRA:          y = W x + (g - 1) W d(x) + g s B A d(x);  without dropout  g (W x + s B A x)
     x (...,in) -> y (...,out); lora_A (r,in), lora_B (out,r), lora_magnitude_vector m (out), all float32, cast to x's dtype.
     """
+
+    weight_squared: Tensor  # ||W||^2 (out,), DoRA alone
 
     def __init__(self, base: nn.Linear, config: AdapterConfig, seed: int, name: str) -> None:
         super().__init__()
@@ -312,6 +315,14 @@ class SidePath(nn.Module):
     write back: d = w_out y;  add: d   gate: sigmoid(w_gate . x + b_gate) d   bounded: d min(1, bound ||h|| / ||d||)
     """
 
+    slots: Tensor  # (M,r)
+    w_key: Tensor  # (r,D), as w_value and the attention mixer's w_query
+    w_value: Tensor
+    w_query: Tensor
+    w_read: Tensor  # (M,D), the other mixers'
+    slot_mlp_in: Tensor  # (2M,M)
+    channel_mlp_in: Tensor  # (2r,r)
+
     def __init__(self, hidden_size: int, config: TalanConfig, seed: int = 0, name: str = "side_path") -> None:
         super().__init__()
         self.config, D, M, r = config, hidden_size, config.slots, config.width
@@ -343,11 +354,11 @@ class SidePath(nn.Module):
         B, M, r = h.shape[0], self.config.slots, self.config.width
         num, den = state or (v.new_zeros(B, M, r), v.new_zeros(B, M))
         ys = []
-        for chunk in zip(*(part.split(CHUNK, dim=1) for part in (x, w, v))):
+        for xs, ws, vs in zip(*(part.split(CHUNK, dim=1) for part in (x, w, v))):
             if torch.is_grad_enabled():
-                y, num, den = checkpoint(self.read, *chunk, num, den, use_reentrant=False, preserve_rng_state=False)
+                y, num, den = checkpoint(self.read, xs, ws, vs, num, den, use_reentrant=False, preserve_rng_state=False)
             else:
-                y, num, den = self.read(*chunk, num, den)
+                y, num, den = self.read(xs, ws, vs, num, den)
             ys.append(y)
         delta = self.write(torch.cat(ys, dim=1), x, stream)  # (B,T,D)
         return (h.float() + scale_grad(delta, self.config.grad_scale)).to(h.dtype), (num, den)
@@ -434,10 +445,11 @@ def attach(model: Transformer, adapter: AdapterConfig | None, talan: TalanConfig
         parameter.requires_grad_(scope == "full")
     for name, parent, key in adapted(model, adapter):
         setattr(parent, key, AdapterLinear(getattr(parent, key), adapter, seed, name))
-    for layer in talan.resolve(model.config.num_hidden_layers) if talan else ():
-        block = model.model.layers[layer]
-        side_path = SidePath(model.config.hidden_size, talan, seed, f"model.layers.{layer}.side_path")
-        block.side_path, block.side_site = side_path.to(model.head_weight.device), talan.site
+    if talan:
+        for layer in talan.resolve(model.config.num_hidden_layers):
+            block = model.model.layers[layer]
+            side_path = SidePath(model.config.hidden_size, talan, seed, f"model.layers.{layer}.side_path")
+            block.side_path, block.side_site = side_path.to(model.head_weight.device), talan.site
     model.adapter_config, model.talan_config = adapter, talan
     model.train(model.training)
     for name, parameter in model.named_parameters():
@@ -580,7 +592,8 @@ def save_adapter(model: Transformer, folder: str | Path) -> None:
 def parts_of(model: Transformer) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
     """Part -> (its JSON, its tensors by file name) of what is attached."""
     adapter, talan = getattr(model, "adapter_config", None), getattr(model, "talan_config", None)
-    named, parts = dict(model.named_parameters()), {}
+    named: dict[str, Tensor] = dict(model.named_parameters())
+    parts: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {}
     if adapter and adapter.kind != "none":
         parts["adapter"] = (peft_config(adapter, model.source),
                             {peft_name(k): v for k, v in named.items() if group_of(k) == "adapter"})
@@ -613,7 +626,7 @@ def checkpoint_folder(folder: str | Path) -> Path:
 def load_adapter(model: Transformer, folder: str | Path, scope: str = "joint") -> list[nn.Parameter]:
     """Attach what `folder` holds (ours or PEFT's) to a bare model; returns the trainable parameters.
 
-    Raises ValueError, with the model untouched, that lists every tensor missing, unexpected or of a wrong shape, every
+    Raises ValueError, with the model untouched, that lists every tensor missing, unexpected, of a wrong shape or not finite, every
     setting that is not supported, and a backbone (config + tokenizer) other than the one it was trained on.
     """
     folder = checkpoint_folder(folder)
@@ -628,6 +641,8 @@ def load_adapter(model: Transformer, folder: str | Path, scope: str = "joint") -
     attach(shadow, adapter, talan, scope)
     check_backbone(model, [folder / FILES[part][1] for part in present])
     problems = [p for part in present for p in tensor_problems(parts_of(shadow)[part][1], infos[part])]
+    problems = problems or [f"{name}: holds infinity or NaN" for part in present for name in infos[part]
+                            if not read_tensor(folder / FILES[part][1], name).isfinite().all()]
     raise_all(f"{folder}: does not fit this backbone and its own settings", problems)
     trainable = attach(model, adapter, talan, scope)
     for part, (_, tensors) in parts_of(model).items():
@@ -637,9 +652,10 @@ def load_adapter(model: Transformer, folder: str | Path, scope: str = "joint") -
 
 
 def tensor_problems(want: dict[str, Tensor], found: dict[str, tuple[tuple[int, ...], str]]) -> list[str]:
-    """Names and shapes in a file against those of the model, one line an offender."""
+    """Names, shapes and dtypes in a file against those of the model, one line an offender."""
     problems = [f"missing: {name} {tuple(want[name].shape)}" for name in sorted(set(want) - set(found))]
     problems += [f"unexpected: {name} {found[name][0]}" for name in sorted(set(found) - set(want))]
+    problems += [f"dtype: {name} is {dtype}, expected one of {sorted(DTYPES)}" for name, (_, dtype) in sorted(found.items()) if dtype not in DTYPES]
     return problems + [f"shape: {name} is {found[name][0]}, expected {tuple(want[name].shape)}"
                        for name in sorted(set(found) & set(want)) if found[name][0] != tuple(want[name].shape)]
 
@@ -661,9 +677,10 @@ def read_peft_config(file: Path, tensors: dict[str, Any]) -> AdapterConfig:
     problems += [f"{k}: not supported, found {v!r}" for k, v in sorted(raw.items())
                  if k not in PEFT_HARMLESS | set(PEFT_FIXED) and v not in (None, False, [], {}, "")]
     problems += [f"{k}: absent" for k in ("r", "lora_alpha", "target_modules") if k not in raw]
-    targets = raw.get("target_modules")
+    problems += [f"{k}: expected true or false, found {raw[k]!r}" for k in ("use_dora", "use_rslora") if raw.get(k) not in (None, False, True)]
+    targets: Any = raw.get("target_modules")
     if isinstance(targets, str) and targets not in TARGETS:  # a pattern or "all-linear": the tensors say what it matched
-        targets = sorted({name.split(".")[-3 if name.endswith(".weight") else -2] for name in tensors if "." in name})
+        targets = sorted({name.split(".")[-2] for name in (n.removesuffix(".weight") for n in tensors) if "." in name})
     raise_all(str(file), problems)
     if raw.get("use_dora") and raw.get("use_rslora"):
         raise_all(str(file), ["use_dora and use_rslora together are not supported"])
@@ -746,7 +763,7 @@ def main() -> None:
     with contextlib.suppress(BrokenPipeError):
         try:
             merge_command(MergeSettings(**args))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise SystemExit(f"talan.py: {error}") from None
 
 

@@ -72,9 +72,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Raise ValueError that lists every number out of range."""
-        above = [n for n in ("epochs", "step_tokens", "max_tokens", "lr") if not 0 < getattr(self, n) < float("inf")]
+        above = [n for n in ("epochs", "step_tokens", "max_tokens", "lr") if not 0 < getattr(self, n) < 1e30]
         least = [n for n in ("steps", "dev_rows", "micro_tokens", "min_lr", "warmup", "weight_decay", "clip", "talan_lr_scale",
-                             "log_every", "eval_every", "save_every") if not 0 <= getattr(self, n) < float("inf")]
+                             "log_every", "eval_every", "save_every") if not 0 <= getattr(self, n) < 1e30]
         wrong = [f"--{n.replace('_', '-')}: expected a finite number {'above' if n in above else 'of at least'} 0, found {getattr(self, n)}"
                  for n in above + least]
         if wrong:
@@ -91,7 +91,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -105,8 +105,8 @@ from data.ranks import Ranks, close_ranks, open_ranks, spread, summing
 from data.rows import Message, check_messages, parse_object, read_lines
 from eval import Settings as EvalSettings, compare_table, find_tasks, load_items, score
 from model import Tokenizer, Transformer, atomic, choose_device, choose_dtype, generator, keep_freed_memory
-from model import load_model, load_tokenizer, pad_rows, read_json, save_model, sync
-from talan import AdapterConfig, TalanConfig, attach, attached, checkpoint_folder, group_of, report, save_adapter
+from model import load_model, load_tokenizer, pad_rows, read_json, save_model, sync, tensor_info
+from talan import AdapterConfig, TalanConfig, attach, attached, checkpoint_folder, group_of, raise_all, report, save_adapter, tensor_problems
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows -> token ids and labels
@@ -159,12 +159,12 @@ def encode_row(tokenizer: Tokenizer, messages: Sequence[Message]) -> Row:
     reaches from the template into the text carries no label. Raises ValueError when the turns cannot be found.
     """
     text, spans = mark_turns(tokenizer, messages)
-    encoding = tokenizer.core.encode(text, add_special_tokens=False)
-    supervised, spans = [], iter(spans)
-    begin, end = next(spans)
+    encoding = tokenizer.encoding(text)
+    supervised, rest = [], iter(spans)
+    begin, end = next(rest)
     for a, b in encoding.offsets:
         while a >= end:
-            begin, end = next(spans, (len(text) + 1, len(text) + 1))
+            begin, end = next(rest, (len(text) + 1, len(text) + 1))
         supervised.append(begin <= a < b <= end)
     return Row(encoding.ids, supervised)
 
@@ -329,7 +329,7 @@ class CrossEntropySum(torch.autograd.Function):
             h, target = hidden[start:start + size], targets[start:start + size, None]
             log_p = (h @ weight.T).log_softmax(-1, dtype=torch.float32)  # (chunk,V)
             total -= log_p.gather(-1, target).sum()
-            if learn:
+            if d_hidden is not None:
                 p = log_p.exp_()
                 p.scatter_add_(-1, target, p.new_full((1, 1), -1.0).expand_as(target))
                 p = p.to(weight.dtype)
@@ -344,7 +344,7 @@ class CrossEntropySum(torch.autograd.Function):
         return *(None if d is None else d * grad for d in ctx.saved_tensors), None, None
 
 
-def loss_sum(forward: nn.Module, batch: Batch, model: Transformer) -> Tensor:
+def loss_sum(forward: Callable[[Tensor], Tensor], batch: Batch, model: Transformer) -> Tensor:
     """Cross-entropy summed over the batch's N supervised tokens; logits exist only there. forward: the model, as it may be wrapped."""
     hidden = forward(batch.tokens).flatten(0, 1)[batch.places]  # (N,D)
     return CrossEntropySum.apply(hidden, model.head_weight, batch.targets, torch.is_grad_enabled())
@@ -456,19 +456,23 @@ def remove_folder(folder: Path) -> None:
 
 
 def load_checkpoint(run: Path, model: Transformer, optimizer: torch.optim.AdamW) -> int:
-    """Put parameters and optimizer state of the newest checkpoint into model and optimizer; returns its step, 0 without one."""
+    """Put parameters and optimizer state of the newest checkpoint into model and optimizer; returns its step, 0 without one.
+
+    Raises ValueError, with both untouched, when it is of another format, not readable, or of other tensors.
+    """
     folder = checkpoint_folder(run)
     if not (folder / "train_state.json").exists():
         return 0
     info = read_json(folder / "train_state.json")
-    if info.get("format") != 1:
-        raise ValueError(f"{folder}: train_state of format {info.get('format')!r}, this code reads 1")
-    state = load_file(folder / "train_state.safetensors")
+    if info.get("format") != 1 or type(info.get("step")) is not int or info["step"] < 1:
+        raise ValueError(f"{folder}: train_state of format {info.get('format')!r} at step {info.get('step')!r}, this code reads format 1 from step 1")
+    found = tensor_info(folder / "train_state.safetensors")
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    moved = [name for name in named if f"step.{name}" in state]  # a parameter that never had a gradient has no moments
-    want = {f"parameter.{name}" for name in named} | {f"{key}.{name}" for name in moved for key in MOMENTS}
-    if want != set(state):
-        raise ValueError(f"{folder}: train_state does not fit these settings: {sorted(want ^ set(state))}")
+    moved = [name for name in named if f"step.{name}" in found]  # a parameter that never had a gradient has no moments
+    want: dict[str, Tensor] = {f"parameter.{name}": p for name, p in named.items()}
+    want |= {f"{key}.{name}": torch.zeros(()) if key == "step" else named[name] for name in moved for key in MOMENTS}
+    raise_all(f"{folder}: train_state does not fit these settings", tensor_problems(want, found))
+    state = load_file(folder / "train_state.safetensors")
     for name, p in named.items():
         p.data.copy_(state[f"parameter.{name}"])
         if name in moved:
@@ -502,7 +506,7 @@ class Metrics:
     @staticmethod
     def keeps(line: str, step: int) -> bool:
         """Is this a whole line about a step that the checkpoint has?"""
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, AttributeError, TypeError):
             return json.loads(line).get("step", 0) <= step
         return False
 
@@ -555,6 +559,13 @@ def choose_run(settings: Settings, explicit: dict[str, Any]) -> tuple[Path, Sett
     return run, replace(saved, resume=True)
 
 
+def same_kind(value: Any, usual: Any) -> bool:
+    """Is this a value that the setting may have, going by its default?"""
+    if isinstance(usual, tuple):
+        return isinstance(value, tuple) and all(isinstance(x, str) for x in value)
+    return type(value) is type(usual) or (type(value), type(usual)) == (int, float)
+
+
 def make_run(run: Path, settings: Settings) -> None:
     """Make the run folder; clear what a killed run left half written or half deleted."""
     for leftover in [*run.glob(".*.tmp"), *run.glob(".*.old"), *run.parent.glob(f".{run.name}.*.old")]:
@@ -575,11 +586,12 @@ def kept(settings: Settings) -> Settings:
 
 
 def restore(saved: dict[str, Any], where: str | Path) -> Settings:
-    """Settings from JSON, lists as tuples. Raises ValueError that lists the names that are none."""
-    unknown = sorted(set(saved) - set(Settings.__dataclass_fields__))
-    if unknown:
-        raise ValueError(f"{where}: holds settings that this code does not have: {', '.join(unknown)}")
-    return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+    """Settings from JSON, lists as tuples. Raises ValueError that lists what is no setting of this version, by name or by type."""
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+    usual = asdict(Settings())
+    if wrong := [f"{k}: {v!r}" for k, v in values.items() if k not in usual or not same_kind(v, usual[k])]:
+        raise ValueError(f"{where}: expected the settings of a run of this version, found {', '.join(wrong)}")
+    return Settings(**values)
 
 
 @contextlib.contextmanager
@@ -637,6 +649,8 @@ def train(settings: Settings, run: Path, model: Transformer, rows: list[Row], de
     metrics = Metrics(run, first or -1, ranks.first)
     widths, labels = [row.width for row in rows], [sum(row.supervised[1:]) for row in rows]
     steps = settings.steps or max(1, round(settings.epochs * len(plan_epoch(widths, settings.step_tokens, 0, settings.seed, 0))))
+    if first > steps:
+        raise ValueError(f"{run}: its checkpoint is of step {first:,}, but the run has {steps:,} steps")
     budget = micro_budget(settings, ranks)
     trainable = [p for p in model.parameters() if p.requires_grad]
     if settings.compile:
@@ -729,7 +743,7 @@ def dry_run(settings: Settings, model: Transformer, tokenizer: Tokenizer, rows: 
 
 def score_run(settings: Settings, run: Path, device: torch.device) -> None:
     """Score the backbone and the saved run on the tasks; print and keep the table."""
-    common = {"backbone": settings.backbone, "tasks": settings.tasks, "device": str(device), "dtype": settings.dtype}
+    common: dict[str, Any] = {"backbone": settings.backbone, "tasks": settings.tasks, "device": str(device), "dtype": settings.dtype}
     base = score(EvalSettings(**common, out=str(run / "eval-base")))
     trained = {"backbone": str(run)} if settings.scope == "full" else {}
     trained |= {"adapter": str(run)} if settings.talan or settings.adapter != "none" else {}
@@ -789,7 +803,7 @@ if __name__ == "__main__":
     try:
         main(GIVEN)
         close_ranks()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"train.py: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

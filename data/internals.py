@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,17 +33,17 @@ Memory = tuple["Tensor", "Tensor", "Tensor", "Tensor"]  # w (B,T,M), v (B,T,r), 
 
 
 class Reading(NamedTuple):
-    """What a side path did with the stream h at its place: all it wrote (None where it was off) and what that came from, in float32.
+    """What a side path did with the stream h at its place: all it wrote (tensors; None where it was off) and what that came from, in float32.
 
     z_t = (num + sum_{u<=t} w_u v_u) / (den + sum_{u<=t} w_u), w = exp(e), num = den = 0: its own memory (README, "The side path").
     """
     h: Tensor  # (B,T,D), before the side path
-    after: Tensor | None = None  # (B,T,D) h' = h + delta, in h's dtype: in bfloat16, what of delta is below h's 8 bits is lost here
-    delta: Tensor | None = None  # (B,T,D), not rounded
-    weights: Tensor | None = None  # (B,T,M) a_t: how each token reads the slots
-    strength: Tensor | None = None  # (B,T) the gate, or the bound's factor
-    sums: tuple[Tensor, Tensor] | None = None  # w (B,T,M), v (B,T,r)
-    total: Tensor | None = None  # (M,r) sum of z over the real tokens, float64
+    after: Any = None  # (B,T,D) h' = h + delta, in h's dtype: in bfloat16, what of delta is below h's 8 bits is lost here
+    delta: Any = None  # (B,T,D), not rounded
+    weights: Any = None  # (B,T,M) a_t: how each token reads the slots
+    strength: Any = None  # (B,T) the gate, or the bound's factor
+    sums: Any = None  # w (B,T,M), v (B,T,r)
+    total: Any = None  # (M,r) sum of z over the real tokens, float64
 
 
 class Pass(NamedTuple):
@@ -73,10 +73,10 @@ def read_parts(side: SidePath, h: Tensor, lengths: Tensor, memory: Memory | None
 
 def run_pass(model: Transformer, tokens: Tensor, lengths: Tensor, adapter: bool, side: bool, memory: Mapping[int, Memory] | None = None) -> Pass:
     """tokens (B,T) through the model with its adapter and its side paths on or off, these with their own memory or that given by layer."""
-    readings = {}
+    readings: dict[int, Reading] = {}
 
-    def instead(layer: int, side_path: SidePath, h: Tensor, lengths: Tensor) -> Tensor:
-        readings[layer] = read_parts(side_path, h, lengths, memory and memory[layer]) if side else Reading(h, h)
+    def instead(layer: int, side_path: SidePath, h: Tensor, lengths: Any) -> Tensor:
+        readings[layer] = read_parts(side_path, h, lengths, memory[layer] if memory else None) if side else Reading(h, h)
         return readings[layer].after
 
     with torch.no_grad(), switched(model, adapter, instead):
@@ -211,10 +211,10 @@ def mean_memory(found: Found, layer: int, rows: int, width: int) -> Memory:
 def ablate(model: Transformer, group: Sequence[int], batch: Batch, lengths: Tensor, found: Found, other: np.ndarray) -> None:
     """Adapter and side paths, these with the memory of another row or with the mean one: cross-entropy of each row of one batch."""
     (B, T), device = batch.tokens.shape, batch.tokens.device
-    for name, memory in (("swapped memory", lambda layer: swapped_memory(found, layer, other[group], T)),
+    for name, memory in (("swapped memory", lambda layer: swapped_memory(found, layer, other[group].tolist(), T)),
                          ("mean memory", lambda layer: mean_memory(found, layer, B, T))):
         if name in found.nll:
-            by_layer = {layer: tuple(part.to(device) for part in memory(layer)) for layer in found.sums}
+            by_layer: Any = {layer: tuple(part.to(device) for part in memory(layer)) for layer in found.sums}
             found.nll[name][group] = row_nll(model, run_pass(model, batch.tokens, lengths, True, True, by_layer).hidden, batch)
 
 
@@ -229,10 +229,10 @@ def measure_rows(model: Transformer, rows: Sequence[Row], settings: InternalsSet
                for group in groups]
     other, training = partners(len(rows), settings.seed), model.training
     model.eval()
-    for batch in tqdm(batches, desc="four passes", unit="batch", disable=None):
-        observe(model, *batch, found)
-    for batch in tqdm(batches if found.sums else [], desc="other memories", unit="batch", disable=None):
-        ablate(model, *batch, found, other)
+    for group, batch, lengths in tqdm(batches, desc="four passes", unit="batch", disable=None):
+        observe(model, group, batch, lengths, found)
+    for group, batch, lengths in tqdm(batches if found.sums else [], desc="other memories", unit="batch", disable=None):
+        ablate(model, group, batch, lengths, found, other)
     model.train(training)
     return found
 
@@ -269,8 +269,9 @@ def draw_means(sums: np.ndarray, sizes: np.ndarray, counts: np.ndarray) -> np.nd
 def figure(name: str, value: float | None, draws: np.ndarray) -> Record:
     """A number and the 95 % percentile interval of its bootstrap draws, of which those without a value are left out."""
     draws = draws[np.isfinite(draws)]
-    known = value is not None and len(draws) > 0
-    return {name: float(value), f"{name}_interval95": np.percentile(draws, (2.5, 97.5)).tolist()} if known else {name: None}
+    if value is None or not len(draws):
+        return {name: None}
+    return {name: float(value), f"{name}_interval95": np.percentile(draws, (2.5, 97.5)).tolist()}
 
 
 def spread(values: np.ndarray, owner: np.ndarray, counts: np.ndarray) -> Record:
@@ -344,8 +345,8 @@ def internals_table(result: Record) -> str:
         """Cells of one line; without a value, a dash."""
         if entry.get(name) is None:
             return [text, "-", "", ""]
-        tokens = pair(entry["p5"], entry["p95"]) if name == "median" else ""
-        return [text, f"{scale * entry[name]:.3g}", pair(*entry[f"{name}_interval95"], scale), tokens]
+        tokens, (low, high) = pair(entry["p5"], entry["p95"]) if name == "median" else "", entry[f"{name}_interval95"]
+        return [text, f"{scale * entry[name]:.3g}", pair(low, high, scale), tokens]
 
     rows = [row(f"layer {layer}: {LINES[name][0]}", entry[name], *LINES[name][1:]) for layer, entry in result["insertions"].items()
             for name in LINES if name in entry]
@@ -382,7 +383,8 @@ def internals_notes(result: Record, adapter: bool) -> list[str]:
 
 def draw_rows(file: Path, tokenizer: Tokenizer, settings: InternalsSettings) -> tuple[list[Row], dict[str, int]]:
     """Labelled rows of a file, drawn with --seed and cut to --max-tokens, and counts: of the file, cut, unlabelled. Raises ValueError."""
-    every, rows = list(read_rows(file)), []
+    every = list(read_rows(file))
+    rows: list[Row] = []
     counts = {"in_file": len(every), "cut": 0, "unlabelled": 0}
     for n in np.random.default_rng([settings.seed, 0]).permutation(len(every)):
         if settings.rows and len(rows) == settings.rows:

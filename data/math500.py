@@ -62,7 +62,9 @@ def number(text: str) -> Fraction | None:
     if re.fullmatch(r"-?([0-9]+(\.[0-9]*)?|\.[0-9]+)", text):
         return Fraction(Decimal(text))  # through Decimal: int(text) refuses more than 4300 digits
     parts = re.fullmatch(r"(-?)\\frac\{(-?[0-9.]+)\}\{(-?[0-9.]+)\}", text) or re.fullmatch(r"()(-?[0-9.]+)/(-?[0-9.]+)", text)
-    above, below = (number(parts[2]), number(parts[3])) if parts else (None, None)
+    if not parts:
+        return None
+    above, below = number(parts[2]), number(parts[3])
     return None if above is None or not below else (-above if parts[1] else above) / below
 
 

@@ -76,7 +76,7 @@ def asked_parts(settings: OverheadSettings) -> tuple[AdapterConfig, TalanConfig]
 def read_configs(paths: Sequence[str]) -> dict[str, ModelConfig]:
     """Name -> config of each folder, config.json, or file of several under their names (data/shapes.json when none is given). Raises ValueError."""
     configs: dict[str, ModelConfig] = {}
-    for path in map(Path, paths or [HERE / "data/shapes.json"]):
+    for path in map(Path, paths or [str(HERE / "data/shapes.json")]):
         file = path / "config.json" if path.is_dir() else path
         raw, own = read_json(file), file.resolve().parent.name if file.name == "config.json" else file.stem
         several = bool(raw) and all(isinstance(value, dict) for value in raw.values())

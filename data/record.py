@@ -17,6 +17,7 @@ HASHED = ("data_sha256", "backbone_sha256")  # of the record: what must be the s
 
 def describe(settings: dict[str, Any], files: Sequence[str], model: Transformer, device: Any) -> Record:
     """The record of a run: settings, commit, versions, hardware, and the sha256 of each of its data files and of the backbone's."""
+    assert model.folder  # it was loaded from one
     backbone = [file for pattern in WANTED for file in sorted(model.folder.glob(pattern))]
     return {**header(settings, device), "fingerprint": model.fingerprint,
             "data_sha256": {file: file_hash(file) for file in files},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from reprlib import repr
 from typing import TYPE_CHECKING
 
 from data import arc, gsm8k, humaneval, math500, mbpp, mmlu_stem, svamp
@@ -45,8 +47,8 @@ def load_items(task: Task, limit: int = 0) -> list[Row]:
     if not task.path.exists() and task.name in TASKS:
         raise ValueError(f"{task.path}: not there yet; prepare it with: python data/prepare.py {task.path.parent.name}")
     items = [parse_item(line, where, task.kind) for where, line in read_lines(task.path)]
-    if not items:
-        raise ValueError(f"{task.path}: no items")
+    if not items or (twice := [name for name, count in Counter(item["id"] for item in items).items() if count > 1]):
+        raise ValueError(f"{task.path}: " + (f"expected a different id in each row, found twice: {', '.join(twice)}" if items else "no items"))
     return items[:limit or None]
 
 
@@ -61,15 +63,17 @@ def parse_item(line: bytes, where: str, kind: str = "generate") -> Row:
     """{"prompt" or "messages", "answer", "id" (else the line's number), ...} as data/task.py says. Raises ValueError."""
     row = parse_object(line, where)
     check_messages(row["messages"] if "messages" in row else [{"role": "user", "content": row.get("prompt")}], where)
-    if not isinstance(row.get("answer"), str):
-        raise ValueError(f"{where}: expected an answer in text, found {row.get('answer')!r}")
+    if not isinstance(row.get("answer"), str) or not isinstance(row.get("completion", ""), str):
+        raise ValueError(f"{where}: expected an answer, and a completion if there is one, in text, found {repr(row)}")
+    if not isinstance(name := row.get("id", where.rpartition(":")[2]), (str, int)):
+        raise ValueError(f"{where}: expected an id, a text or a whole number, found {repr(name)}")
     choices = row.get("choices")
     if kind == "choose" and not (isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
                                  and row["answer"] in tuple("ABCDEFGHIJ"[:len(choices)])):
-        raise ValueError(f"{where}: expected choices in text and the right one's letter, found {str(choices)[:200]} and {row['answer']!r}")
+        raise ValueError(f"{where}: expected choices in text and the right one's letter, found {repr(choices)} and {row['answer']!r}")
     if kind == "code" and not all(isinstance(row.get(key), str) for key in ("prompt", "code", "tests")):
         raise ValueError(f"{where}: expected prompt, code and tests in text, found {sorted(row)}")
-    return {**row, "id": str(row.get("id", where.rpartition(":")[2]))}
+    return {**row, "id": str(name)}
 
 
 def load_shots(task: Task, item: Row, pool: Sequence[Row], count: int) -> list[Row]:
@@ -109,7 +113,7 @@ def ask(task: Task, item: Row, shots: Sequence[Row], form: str, tokenizer: Token
 def judge(task: Task, record: Row) -> Row:
     """The record with its verdict under each rule; `correct` is the first. Kind code: `run_tests` does it."""
     if task.kind == "choose":
-        chosen = {rule: "ABCDEFGHIJ"[choose(record["logprobs"], record["choices"], rule)] for rule in ("acc", "acc_norm")}
+        chosen: dict[str, str | None] = {rule: "ABCDEFGHIJ"[choose(record["logprobs"], record["choices"], rule)] for rule in ("acc", "acc_norm")}
     else:
         chosen = {name: rule.extract(record["completion"]) for name, rule in task.rules.items()}
     verdicts = {rule: found is not None and (found == record["answer"] if task.kind == "choose" else task.rules[rule].grade(found, record["answer"]))

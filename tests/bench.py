@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -276,7 +276,8 @@ class Theirs(Side):
         self.peft, self.auto = peft, transformers.AutoModelForCausalLM
 
     def read(self) -> Any:
-        return self.auto.from_pretrained(self.backbone, dtype=self.dtype, attn_implementation="sdpa").to(self.device)
+        model: Any = self.auto.from_pretrained(self.backbone, dtype=self.dtype, attn_implementation="sdpa")
+        return model.to(self.device)
 
     def prepare(self, kind: str, folder: str) -> None:
         """The backbone, or (kind is no "none") with an adapter whose B has left zero, saved to `folder` for the other side."""
@@ -479,7 +480,7 @@ def pair(settings: Settings, backbone: str, kind: str) -> Iterator[tuple[Worker,
         yield both[0], both[1]
 
 
-def in_turns(calls: dict[str, Callable[[int], Record]], rounds: int) -> dict[str, list[Record]]:
+def in_turns(calls: Mapping[str, Callable[[int], Record]], rounds: int) -> dict[str, list[Record]]:
     """Name -> the records of round 0, which warms up, and of `rounds` more; every other round runs backwards.
 
     What runs out of memory, or does not compile, is named and left out.
@@ -533,14 +534,14 @@ def run_load(settings: Settings, backbone: str) -> Record:
         with contextlib.closing(Worker(name, settings, backbone)) as worker:
             return worker.ask("load")
 
-    records = in_turns({name: lambda n, name=name: fresh(name) for name in ("theirs", "ours")}, settings.rounds)
+    records = in_turns({"theirs": lambda n: fresh("theirs"), "ours": lambda n: fresh("ours")}, settings.rounds)
     return {name: {key: [r[key] for r in each[1:]] for key in each[0]} for name, each in records.items()}
 
 
 def run_generate(settings: Settings, backbone: str) -> Record:
     """The backbone without an adapter, as with a merged one: ragged prompts in batches, then one row alone."""
     with pair(settings, backbone, "none") as (theirs, ours):
-        ask = lambda method: {w.kind: lambda n, w=w: w.ask(method, n) for w in (theirs, ours)}
+        ask = lambda method: {w.kind: functools.partial(w.ask, method) for w in (theirs, ours)}
         batch, single = in_turns(ask("generate"), max(2, settings.rounds // 2)), in_turns(ask("single"), settings.rounds)
         bytes_read = ours.ask("decode_bytes")
     same = np.mean([a[0] == b[0] for a, b in zip(batch["theirs"][0]["rows"], batch["ours"][0]["rows"])])
@@ -643,7 +644,8 @@ def find_targets(name: str, entry: Record, settings: Settings) -> list[Target]:
     if settings.device != "cpu" and name.endswith("-4B"):
         machine, timed = entry["machine"], lora["seconds"] if lora else {}
         best = min((timed[variant] for variant in ("ours", "ours compiled") if variant in timed), key=np.median, default=None)
-        found += [Target("LoRA training, share of the matmul peak", ">=", 0.45, ratio(lora["flops"] / machine["flops"], best) if best else None),
+        peak = ratio(lora["flops"] / machine["flops"], best) if lora and best else None
+        found += [Target("LoRA training, share of the matmul peak", ">=", 0.45, peak),
                   Target("decoding at batch 1, share of the bandwidth bound", ">=", 0.7, ratio(
                       generation["bytes_a_token"] / machine["bytes"], generation["single"]["ours"]["decode"]) if generation else None)]
     return found

@@ -172,6 +172,7 @@ def tell_change(rng: random.Random, story: Story) -> None:
     if number is None:
         gain = not gain
         number = operand(rng, "+" if gain else "-", story.value, story.difficulty)
+    assert number is not None  # a value has room above it or below it
     story.say(rng.choice(GAINS if gain else LOSSES), n=number)
     story.step("+" if gain else "-", number)
 
@@ -286,9 +287,11 @@ def assign(rng: random.Random, rule: Rule, known: dict[str, int], difficulty: Pr
     result, left, op, right = rule
     new = [name for name in (left, right) if name not in known]
     drawn = draw_factors(rng, difficulty) if len(new) == 2 else None
+    a: int | None
+    b: int | None
     if op == "*":
         a, b = drawn or (known.get(left), known.get(right))
-        a, b = a or factor(rng, b, difficulty.cap), b or factor(rng, a, difficulty.cap)
+        a, b = a or factor(rng, b or 0, difficulty.cap), b or factor(rng, a or 0, difficulty.cap)
     elif drawn:
         a, b = drawn[0] * drawn[1], drawn[1]
     elif left in known:
@@ -314,7 +317,8 @@ def science_draft(rng: random.Random, difficulty: Profile) -> Draft:
     """One or two formulas in a row, solved for any of their quantities."""
     steps = 1 if difficulty.steps == 1 or rng.random() < 0.35 else 2
     while True:
-        chain, known, given = rng.choice(CHAINS[steps]), {}, []
+        known: dict[str, int] = {}
+        chain, given = rng.choice(CHAINS[steps]), []
         for rule in chain:
             new = assign(rng, rule, known, difficulty)
             if new is None:
@@ -478,7 +482,7 @@ def task_rows(task: str, split: str, seed: int) -> list[Row]:
     """The rows of one task and split; test is drawn first, then dev, then train."""
     rng, seen = random.Random(f"{task}-{seed}"), set()
     for name, count in SPLIT_ROWS.items():
-        rows = []
+        rows: list[Row] = []
         while len(rows) < count:
             row = generate(task, rng, "hard", worked=True)
             if row["prompt"] not in seen:
