@@ -20,15 +20,15 @@ from data import sweep  # noqa: E402
 from data.ranks import Ranks  # noqa: E402
 
 tiny, signals, contents, metrics, start = test_train.tiny, test_train.signals, test_train.contents, test_train.metrics, test_train.start
-SWEEP = {"paired": True, "seeds": ("0-1",), "steps": 3, "save_every": 1, "eval_every": 0}
+SWEEP = {"paired": True, "seeds": ("0-1",), "steps": 3, "save_every": 2, "eval_every": 0}
 SIDES = ("baseline", "candidate", "control")
 
 
 @pytest.fixture(scope="module")
 def items(tiny):
-    """A task of five embedded items."""
+    """A task of three embedded items."""
     lines = (ROOT / "data/tiny/test/math.jsonl").read_text().splitlines(keepends=True)
-    (tiny.folder / "sums.jsonl").write_text("".join(lines[:5]))
+    (tiny.folder / "sums.jsonl").write_text("".join(lines[:3]))
     return str(tiny.folder / "sums.jsonl")
 
 
@@ -115,7 +115,7 @@ def test_a_pair_differs_by_the_side_path_alone(done, seed):
     assert [line["loss"] for line in first[3:]] != [line["loss"] for line in second[3:]]
     assert [line.get("supervised") for line in first] == [line.get("supervised") for line in second]
     asked = [[(r["id"], r["prompt"]) for r in map(json.loads, (run / "eval-adapted/records.jsonl").read_text().splitlines())] for run in (one, two)]
-    assert asked[0] == asked[1] and len(asked[0]) == 5
+    assert asked[0] == asked[1] and len(asked[0]) == 3
 
 
 def test_both_sides_see_the_same_rows_in_the_same_order(go, tmp_path, monkeypatch):
@@ -201,7 +201,7 @@ def assert_equal_sweeps(a, b):
     assert one["tasks"] == two["tasks"] and one["pooled"] == two["pooled"]
 
 
-DRIVER = test_train.DRIVER.replace('values["step"] == 5', 'values["step"] == 2 and "seed-1/candidate" in str(self.file)')
+DRIVER = test_train.DRIVER.replace('values["step"] == 5', 'values["step"] == 3 and "seed-1/candidate" in str(self.file)')
 
 
 def test_a_killed_sweep_goes_on_to_the_same_result(tiny, items, done, tmp_path):
@@ -210,7 +210,7 @@ def test_a_killed_sweep_goes_on_to_the_same_result(tiny, items, done, tmp_path):
     words = test_train.command(test_train.flags(tiny, out, **SWEEP, tasks=(items,)))
     killed = test_train.python("-c", DRIVER, str(ROOT), "SIGKILL", *words)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert (out / "seed-1/candidate/step-0000001").is_dir() and not (out / "comparison.json").exists()
+    assert (out / "seed-1/candidate/step-0000002").is_dir() and not (out / "comparison.json").exists()
     again = test_train.python(str(ROOT / "train.py"), *words)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("reused") == 4 and "seed-1/candidate: goes on" in again.stdout
