@@ -86,7 +86,7 @@ def sides_of(settings: Settings) -> dict[str, Settings]:
 
     Scope writeback trains the adapter and a part of the side path: without one, it is scope joint.
     """
-    candidate = replace(settings, out="", **{name: Settings.__dataclass_fields__[name].default for name in OWN})
+    candidate = replace(settings, out="", paired=False, seeds=(), lrs=(), paired_control="none")
     baseline = replace(candidate, talan=False, scope="joint" if candidate.scope == "writeback" else candidate.scope)
     sides = {"baseline": baseline, "candidate": candidate}
     return sides | ({"control": replace(baseline, rank=control_rank(candidate))} if settings.paired_control == "rank" else {})
@@ -143,7 +143,7 @@ def do_run(settings: Settings, run: Path, ranks: Ranks, device: Any = None) -> N
     if settings.compile:
         torch.compiler.reset()  # else a few models reach its limit of recompilations
     look = lambda: (bool(differences(run, settings)), trained(run), (run / "eval-adapted/results.json").exists(), (run / "settings.json").exists())
-    other, ready, scores, there = ranks.from_first(look() if ranks.first else None)
+    other, ready, scores, there = ranks.from_first(look() if ranks.first else (False,) * 4)
     if ready and not other and (scores or device is None):
         return print(f"{run}: finished, with these settings: reused")
     if not ready or other:
@@ -207,8 +207,8 @@ def choose_rates(sides: dict[str, Settings], rates: Sequence[float], out: Path, 
     grid = {(side, rate): (out / f"lr-{rate:g}" / side, replace(settings, lr=rate)) for rate in rates for side, settings in sides.items()}
     if ranks.first:
         check_runs(dict(grid.values()), overwrite)
-    losses = {key: held_out_loss(settings, run, ranks) for key, (run, settings) in grid.items()}
-    losses = {side: {rate: losses[side, rate] for rate in rates} for side in sides}
+    found = {key: held_out_loss(settings, run, ranks) for key, (run, settings) in grid.items()}
+    losses = {side: {rate: found[side, rate] for rate in rates} for side in sides}
     print(f"\nfirst seed, after the last step; the rate with the lowest is taken (*), for each side by itself\n{rate_table(losses)}")
     return losses
 
@@ -265,7 +265,7 @@ def sweep(explicit: dict[str, Any]) -> None:
     seeds, rates, (ranks, name) = parse_seeds(settings.seeds), parse_rates(settings.lrs), open_ranks(settings.device)
     if not ranks.first:
         sys.stdout = open(os.devnull, "w")
-    out, device = ranks.from_first(choose_folder(settings) if ranks.first else None), choose_device(name)
+    out, device = Path(ranks.from_first(str(choose_folder(settings)) if ranks.first else "")), choose_device(name)
     sides = sides_of(replace(settings, seed=seeds[0]))
     plan = lambda: {out / f"seed-{seed}" / side: replace(wanted, seed=seed) for seed in seeds for side, wanted in sides.items()}
     if ranks.first:
