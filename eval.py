@@ -889,8 +889,8 @@ def comparison_table(result: Record) -> str:
     return "\n".join([text, *result["notes"]])
 
 
-def compare(settings: CompareSettings) -> Record:
-    """Pair and compare the runs; prints the table, writes comparison.json and comparison.png, returns what the JSON holds. Raises ValueError."""
+def compare(settings: CompareSettings, name: str = "comparison") -> Record:
+    """Pair and compare the runs; prints the table, writes NAME.json and NAME.png, returns what the JSON holds. Raises ValueError."""
     pairs, notes = pair_runs(settings)
     grids = {task: build_grid(pairs, task) for task in dict.fromkeys(key[0] for key in pairs[0][0].cells)}
     notes += [f"warning: {task}: a reference log-likelihood is missing in some of the runs for {grid.partial} items, which are left out of it"
@@ -900,10 +900,10 @@ def compare(settings: CompareSettings) -> Record:
               "runs": [{"baseline": b.folder, "candidate": c.folder} for b, c in pairs], "facts": pairs[0][0].facts, **statistics(grids, settings)}
     out = Path(settings.out or Path(settings.candidate[0], "comparison"))
     out.mkdir(parents=True, exist_ok=True)
-    (out / "comparison.json").write_text(json.dumps(result, indent=2) + "\n")
-    (out / "comparison.png").unlink(missing_ok=True)  # of an earlier comparison
-    picture = " and comparison.png" if draw_comparison(result, out / "comparison.png") else "; no picture: matplotlib is not installed"
-    print(f"{comparison_table(result)}\nwrote {out / 'comparison.json'}{picture}")
+    (out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (out / f"{name}.png").unlink(missing_ok=True)  # of an earlier comparison
+    picture = f" and {name}.png" if draw_comparison(result, out / f"{name}.png") else "; no picture: matplotlib is not installed"
+    print(f"{comparison_table(result)}\nwrote {out / f'{name}.json'}{picture}")
     return result
 
 

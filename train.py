@@ -66,6 +66,10 @@ class Settings:
     dry_run: bool = setting(False, "print settings, parameters, counts and one marked batch; train nothing")
     deterministic: bool = setting(False, "fail rather than run a GPU kernel whose result varies; sets CUBLAS_WORKSPACE_CONFIG=:4096:8 "
                                          "where the environment has none")
+    paired: bool = setting(False, "for each of --seeds the adapter with and without the side path: train, score, compare; go on with --out")
+    seeds: tuple[str, ...] = setting((), "with --paired: seeds and ranges of them, 0-6 or 0,1,5")
+    lrs: tuple[str, ...] = setting((), "with --paired: rates tried on the first seed; each side takes its own with the lowest held-out loss")
+    paired_control: str = setting("none", "with --paired: rank: a third side, the adapter alone with its rank raised to as many parameters; or none")
     repeat: str = setting("", "run folder whose recorded settings to start again with, in --out; no other flag goes with it")
     resume: bool = setting(False, "go on with the run in --out, by its own settings")
     overwrite: bool = setting(False, "delete the run in --out first")
@@ -379,6 +383,13 @@ def mean_loss(model: Transformer, rows: Sequence[Row], budget: int, device: Any,
 # The run: model, optimizer, checkpoints
 # ---------------------------------------------------------------------------------------------------------------------
 
+def parts(settings: Settings) -> tuple[AdapterConfig, TalanConfig | None]:
+    """Adapter and side path as the settings say. Raises ValueError."""
+    axes = {field.name: getattr(settings, field.name) for field in fields(TalanConfig)}
+    talan = TalanConfig(**axes | {"layers": parse_layers(settings.layers)}) if settings.talan else None
+    return AdapterConfig(settings.adapter, settings.rank, settings.alpha, settings.dropout, settings.targets), talan
+
+
 def build_model(settings: Settings, device: torch.device) -> Transformer:
     """The backbone with adapter and side path attached as the settings say. Raises ValueError."""
     dtype = choose_dtype(settings.dtype, device)
@@ -386,9 +397,7 @@ def build_model(settings: Settings, device: torch.device) -> Transformer:
         raise ValueError("--fsdp cuts frozen weights only, and --scope full freezes none: leave one of them out")
     if settings.scope == "full" and dtype != torch.float32:
         raise ValueError(f"scope full trains the backbone, whose weights must then be float32, found {dtype}: use --dtype float32")
-    adapter = AdapterConfig(settings.adapter, settings.rank, settings.alpha, settings.dropout, settings.targets)
-    axes = {field.name: getattr(settings, field.name) for field in fields(TalanConfig)}
-    talan = TalanConfig(**axes | {"layers": parse_layers(settings.layers)}) if settings.talan else None
+    adapter, talan = parts(settings)
     model = load_model(settings.backbone, "cpu" if settings.fsdp else device, dtype)  # FSDP moves it block by block
     attach(model, adapter, talan, settings.scope, settings.seed)
     return model
@@ -541,9 +550,14 @@ class Interrupt:
             signal.signal(which, signal.default_int_handler if which == signal.SIGINT else signal.SIG_DFL)
 
 
+def free_folder() -> str:
+    """The next free runs/NUMBER."""
+    return next(f"runs/{n}" for n in range(1, 1 << 30) if not Path(f"runs/{n}").exists())
+
+
 def choose_run(settings: Settings, explicit: dict[str, Any]) -> tuple[Path, Settings]:
     """The run folder and the settings that hold: those stored, when a run is resumed. Writes nothing. Raises ValueError."""
-    run = Path(settings.out or next(f"runs/{n}" for n in range(1, 1 << 30) if not Path(f"runs/{n}").exists()))
+    run = Path(settings.out or free_folder())
     stored = run / "settings.json"
     if not settings.resume or not stored.exists():
         taken = run.exists() and (not run.is_dir() or any(not file.match(".settings.json.*.tmp") for file in run.iterdir()))
@@ -741,19 +755,28 @@ def dry_run(settings: Settings, model: Transformer, tokenizer: Tokenizer, rows: 
     print(f"first micro-batch of {len(epoch[0])}, supervised tokens in [[ ]]:\n" + show_batch([rows[n] for n in epoch[0][0]], tokenizer))
 
 
+def scoring(settings: Settings, out: Path, device: Any, run: Path | None = None) -> EvalSettings:
+    """How the backbone, or the run in this folder, is scored."""
+    trained = {"backbone": str(run)} if run and settings.scope == "full" else {}
+    trained |= {"adapter": str(run)} if run and (settings.talan or settings.adapter != "none") else {}
+    common: dict[str, Any] = {"backbone": settings.backbone, "tasks": settings.tasks, "device": str(device), "dtype": settings.dtype}
+    return EvalSettings(**(common | trained), out=str(out))
+
+
 def score_run(settings: Settings, run: Path, device: torch.device) -> None:
     """Score the backbone and the saved run on the tasks; print and keep the table."""
-    common: dict[str, Any] = {"backbone": settings.backbone, "tasks": settings.tasks, "device": str(device), "dtype": settings.dtype}
-    base = score(EvalSettings(**common, out=str(run / "eval-base")))
-    trained = {"backbone": str(run)} if settings.scope == "full" else {}
-    trained |= {"adapter": str(run)} if settings.talan or settings.adapter != "none" else {}
-    adapted = score(EvalSettings(**(common | trained), out=str(run / "eval-adapted")))
+    base = score(scoring(settings, run / "eval-base", device))
+    adapted = score(scoring(settings, run / "eval-adapted", device, run))
     print(compare_table(base, adapted))
 
 
-def main(explicit: dict[str, Any]) -> None:
-    """Open the run, load, train, save, score. Raises ValueError on bad input, SystemExit(130) when interrupted."""
+def main(explicit: dict[str, Any], part: bool = False) -> None:
+    """Open the run, load, train, save, score (a part of a sweep: not). Raises ValueError on bad input, SystemExit(130) when interrupted."""
     settings = recorded_settings(explicit) if explicit.get("repeat") else Settings(**explicit)
+    if {"paired", "seeds", "lrs", "paired_control"} & set(explicit):
+        from data.sweep import sweep
+
+        return sweep(explicit)
     ranks = open_ranks()
     run, settings = ranks.from_first(lambda: choose_run(settings, explicit))
     if settings.deterministic:
@@ -788,13 +811,13 @@ def main(explicit: dict[str, Any]) -> None:
         model.checkpointing = settings.checkpointing
         with contextlib.closing(Interrupt()) as interrupt:
             finished = train(settings, run, model, rows, dev, device, interrupt, record, ranks)
-        if not finished:
-            raise SystemExit(130)
         ranks.wait()  # none still reads a checkpoint
-        if ranks.first:
+        if finished and ranks.first:
             finish_run(run)
         ranks.wait()
-        if settings.tasks != ("none",):
+        if not finished or part and interrupt.asked:
+            raise SystemExit(130)
+        if settings.tasks != ("none",) and not part:
             score_run(settings, run, device)
     print(f"wrote {run}")
 

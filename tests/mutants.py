@@ -46,7 +46,7 @@ class Mutant:
 MODEL, TALAN, TRAIN, EVAL = "test_model.py", "test_oracle.py test_talan.py test_peft.py", "test_train.py test_labels.py", "test_eval.py"
 BENCH, COMPARE, RULES, PREPARE, SANDBOX, INSIDE, COST = "test_benchmarks.py", "test_compare.py", "test_verdicts.py", "test_prepare.py", "test_sandbox.py", \
     "test_internals.py", "test_overhead.py"
-CRASH, NUMBERS, REPEAT = "test_crash.py", "test_numbers.py", "test_repeat.py"
+CRASH, NUMBERS, REPEAT, SWEEP = "test_crash.py", "test_numbers.py", "test_repeat.py", "test_sweep.py"
 MUTANTS = [
     Mutant("mask off by one", "model.py", "+ 1) <= positions[", "+ 1) < positions[", MODEL),
     Mutant("mask sees one token ahead", "model.py", "+ 1) <= positions[:, None, :, None]", "+ 1) <= positions[:, None, :, None] + 1", MODEL),
@@ -184,6 +184,15 @@ MUTANTS = [
     Mutant("cuBLAS without its workspace", "train.py", 'os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")', "pass", REPEAT),
     Mutant("any name is near", "data/settings.py", "list(names), 1)", "list(names), 1, 0)", REPEAT),
     Mutant("no git is a crash", "model.py", ' if shutil.which("git") else ""', "", REPEAT),
+    Mutant("sweep: baseline with the side path", "data/sweep.py", "replace(candidate, talan=False, scope=", "replace(candidate, scope=", SWEEP),
+    Mutant("sweep: rank of the control rounded down", "data/sweep.py", 'math.ceil(count["side path"] /', 'math.floor(count["side path"] /', SWEEP),
+    Mutant("sweep: other settings reused", "data/sweep.py", " for name, value in stored.items() if value != want[name]]", " for name, value in stored.items() if name == \"seed\" and value != want[name]]", SWEEP),
+    Mutant("sweep: highest held-out loss taken", "data/sweep.py", "return min(losses, key=", "return max(losses, key=", SWEEP),
+    Mutant("sweep: loss at the start decides", "data/sweep.py", 'if line["kind"] == "dev"][-1]', 'if line["kind"] == "dev"][0]', SWEEP),
+    Mutant("sweep: one rate for all sides", "data/sweep.py", "replace(wanted, lr=lowest(losses[side]))", 'replace(wanted, lr=lowest(losses["baseline"]))', SWEEP),
+    Mutant("sweep: every seed is the first", "data/sweep.py", "replace(wanted, seed=seed) for seed in seeds", "wanted for seed in seeds", SWEEP),
+    Mutant("sweep: interrupt in a last step forgotten", "train.py", "if not finished or part and interrupt.asked:", "if not finished:", SWEEP),
+    Mutant("sweep: data of the runs not compared", "data/sweep.py", "                check_files(run, next(iter(plan())))\n", "", SWEEP),
     Mutant("ctrl-c is a traceback", "train.py", "    except KeyboardInterrupt:\n", "    except ZeroDivisionError:\n", CRASH),
 ]
 
