@@ -224,8 +224,7 @@ def confine(limits: Limits, user: int, alone: bool) -> None:
             mount_folder(user, limits.file_mb)
         LIBC.prctl(8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS: drop_capabilities may need one
     if user != os.getuid():
-        for drop in (lambda: os.chown(".", user, user), lambda: os.setgroups([]), lambda: os.setresgid(user, user, user),
-                     lambda: os.setresuid(user, user, user)):
+        for drop in (lambda: os.chown(".", user, user), lambda: os.setgroups([]), lambda: os.setgid(user), lambda: os.setuid(user)):
             with contextlib.suppress(OSError):
                 drop()
     if sys.platform == "linux":

@@ -44,6 +44,7 @@ class Mutant:
 
 
 MODEL, TALAN, TRAIN, EVAL = "test_model.py", "test_oracle.py test_talan.py test_peft.py", "test_train.py test_labels.py", "test_eval.py"
+HOSTILE, RANDOM = "test_hostile.py", "test_properties.py"
 BENCH, COMPARE, RULES, PREPARE, SANDBOX, INSIDE, COST = "test_benchmarks.py", "test_compare.py", "test_verdicts.py", "test_prepare.py", "test_sandbox.py", \
     "test_internals.py", "test_overhead.py"
 CRASH, NUMBERS, REPEAT, SWEEP = "test_crash.py", "test_numbers.py", "test_repeat.py", "test_sweep.py"
@@ -147,6 +148,24 @@ MUTANTS = [
     Mutant("adapter counted on its input side only", "data/overhead.py", "m.lora_A.numel() + m.lora_B.numel()", "m.lora_A.numel()", COST),
     Mutant("warm-up counted", "data/overhead.py", "                if n:\n", "                if True:\n", COST),
     Mutant("ratios unpaired", "data/overhead.py", "ratios = np.divide(times, base)", "ratios = np.divide(times, np.median(base))", COST),
+    Mutant("a field twice, the last counts", "model.py", "object_pairs_hook=unique", "object_pairs_hook=dict", HOSTILE),
+    Mutant("two factors, the last counts", "model.py", "sorted(key for key in parts[0] if rope", "sorted(key for key in {} if rope", HOSTILE),
+    Mutant("heads beyond all bounds", "model.py", 'if heads * (raw.get("head_dim") or 128) > LIMIT:', "if False:", HOSTILE),
+    Mutant("token ids unchecked", "model.py", "except IndexError:", "except KeyError:", HOSTILE),
+    Mutant("a device that is no place to compute", "model.py", 'if device.type not in ("cpu", "cuda"):', "if False:", HOSTILE),
+    Mutant("a head in four bits is read", "model.py", " and info[head][1] in DTYPES and ", " and ", HOSTILE),
+    Mutant("sizes in templates unchecked", "model.py", "sized = isinstance(node, (jinja2.nodes.Call, jinja2.nodes.Filter, jinja2.nodes.Concat))", "sized = False", HOSTILE),
+    Mutant("time of the first render counts on", "model.py", "sandbox.end = time.thread_time() + Sandbox.SECONDS", "sandbox.end = min(sandbox.end, time.thread_time() + Sandbox.SECONDS)", HOSTILE),
+    Mutant("end token of another kind passed over", "model.py", "if not isinstance(token, (str, bool, type(None)))]:", "if False]:", HOSTILE),
+    Mutant("integers as adapter weights", "talan.py", "if dtype not in DTYPES]", "if False]", HOSTILE),
+    Mutant("NaN in an adapter", "talan.py", "if not read_tensor(folder / FILES[part][1], name).isfinite().all()]", "if False]", HOSTILE),
+    Mutant("dora as text", "talan.py", "if raw.get(k) not in (None, False, True)]", "if False]", HOSTILE),
+    Mutant("state read from its first chunk on", "talan.py", "num, den = state or (v.new_zeros(B, M, r), v.new_zeros(B, M))", "num, den = v.new_zeros(B, M, r), v.new_zeros(B, M)", RANDOM),
+    Mutant("moments broadcast on resume", "train.py", 'raise_all(f"{folder}: train_state does not fit these settings", tensor_problems(want, found))', "pass", HOSTILE),
+    Mutant("settings of another kind", "train.py", "if k not in usual or not same_kind(v, usual[k])]", "if k not in usual]", HOSTILE),
+    Mutant("full batches split", "train.py", "longest * (len(groups[-1]) + 1) > budget", "longest * (len(groups[-1]) + 1) >= budget", RANDOM),
+    Mutant("a bomb of one line", "data/rows.py", "if len(line) == LONGEST:", "if False:", HOSTILE),
+    Mutant("two rows of one id", "data/tasks.py", "if count > 1]", "if count > 9]", HOSTILE),
     Mutant("live adapter merged too", "data/overhead.py", 'merge_adapter(forms["merged"])', '[merge_adapter(forms[f]) for f in ("merged", "live")]', COST),
     Mutant("renamed before it is on the disk", "model.py", '        for part in (*tmp.rglob("*"), tmp):\n            sync(part)\n', "", CRASH),
     Mutant("files of a folder not synced", "model.py", 'for part in (*tmp.rglob("*"), tmp):', "for part in (tmp,):", CRASH),
