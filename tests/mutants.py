@@ -46,7 +46,7 @@ class Mutant:
 MODEL, TALAN, TRAIN, EVAL = "test_model.py", "test_oracle.py test_talan.py test_peft.py", "test_train.py test_labels.py", "test_eval.py"
 BENCH, COMPARE, RULES, PREPARE, SANDBOX, INSIDE, COST = "test_benchmarks.py", "test_compare.py", "test_verdicts.py", "test_prepare.py", "test_sandbox.py", \
     "test_internals.py", "test_overhead.py"
-CRASH, NUMBERS, REPEAT = "test_crash.py", "test_numbers.py", "test_repeat.py"
+CRASH, NUMBERS, REPEAT, RANKS = "test_crash.py", "test_numbers.py", "test_repeat.py", "test_ranks.py"
 MUTANTS = [
     Mutant("mask off by one", "model.py", "+ 1) <= positions[", "+ 1) < positions[", MODEL),
     Mutant("mask sees one token ahead", "model.py", "+ 1) <= positions[:, None, :, None]", "+ 1) <= positions[:, None, :, None] + 1", MODEL),
@@ -90,13 +90,13 @@ MUTANTS = [
     Mutant("first token's target is itself", "train.py", "following, _ = pad_rows([row.ids[1:]", "following, _ = pad_rows([row.ids[:-1]", TRAIN),
     Mutant("one pad trained a row", "train.py", "[int(s) for s in row.supervised[1:]]", "[*map(int, row.supervised[1:]), 1]", TRAIN),
     Mutant("batches of any width", "train.py", "return -(-(len(self.ids) - 1) // MULTIPLE) * MULTIPLE", "return len(self.ids) - 1", TRAIN),
-    Mutant("mean of micro-batch means", "train.py", "(loss / count).backward()", "(loss / len(batch.targets) / len(batches)).backward()", TRAIN),
+    Mutant("mean of micro-batch means", "train.py", "(ranks.world / count)).backward()", "(ranks.world / len(batch.targets) / len(batches))).backward()", TRAIN),
     Mutant("stop token unlabelled", "train.py", "return after + len(token)", "return end", TRAIN),
     Mutant("token across the border labelled", "train.py", "supervised.append(begin <= a < b <= end)", "supervised.append(begin < b <= end)", TRAIN),
     Mutant("every epoch in the same order", "train.py", 'generator(seed, "order", epoch)', 'generator(seed, "order")', TRAIN),
     Mutant("resume replays the first batches", "train.py", "    for _ in range(first):\n        next(plan)\n", "", TRAIN),
     Mutant("moments lost on resume", "train.py", "if name in moved:", "if False:", TRAIN),
-    Mutant("dropout follows the global stream", "train.py", '        torch.manual_seed(generator(settings.seed, "dropout", step).initial_seed())', '        torch.rand(1)', TRAIN),
+    Mutant("dropout follows the global stream", "train.py", "        torch.manual_seed(dropout_seed(settings.seed, step, ranks))", "        torch.rand(1)", TRAIN),
     Mutant("budget without padding", "train.py", "longest * (len(groups[-1]) + 1) > budget", "sum(lengths[i] for i in groups[-1]) + lengths[n] > budget", TRAIN),
     Mutant("side path rate not scaled", "train.py", 'group["lr"] = rate * group["lr_scale"]', 'group["lr"] = rate', TRAIN),
     Mutant("truncated answers counted as stopped", "eval.py", "\"truncated\": not stopped and not", "\"truncated\": False and not", EVAL),
@@ -167,9 +167,9 @@ MUTANTS = [
     Mutant("gradients kept after clipping", "train.py", "size = nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])",
            "size = nn.utils.clip_grad_norm_(trainable, settings.clip)", NUMBERS),
     Mutant("a gradient of infinite norm not kept", "train.py", "not p.grad.norm().isfinite()}", "not p.grad.isfinite().all()}", NUMBERS),
-    Mutant("host waits twice a step", "train.py", "mean, norm = torch.stack((total, size)).tolist()", "mean, norm = total.item(), size.item()", NUMBERS),
+    Mutant("host waits twice a step", "train.py", "mean, asked, norm = torch.cat((sums, size[None])).tolist()", "mean, asked, norm = *sums.tolist(), size.item()", NUMBERS),
     Mutant("infinite rate accepted", "train.py", 'if not 0 < getattr(self, n) < float("inf")]', "if not 0 < getattr(self, n)]", NUMBERS),
-    Mutant("kept over an old step in vain", "train.py", "    if folder.exists():\n        remove_folder(folder)\n", "", NUMBERS),
+    Mutant("kept over an old step in vain", "train.py", "    if folder.exists() and ranks.first:\n        remove_folder(folder)\n", "", NUMBERS),
     Mutant("rows of the step without a label kept", "train.py", "            if any(row.supervised[1:]):\n                rows.append(row)\n", "            rows.append(row)\n", NUMBERS),
     Mutant("running sum sees the next token", "talan.py", ".tril()", ".tril(1)", NUMBERS),
     Mutant("weights of the memory in bfloat16", "talan.py", "w = e.exp()\n", "w = e.exp().bfloat16().float()\n", NUMBERS),
@@ -185,6 +185,21 @@ MUTANTS = [
     Mutant("cuBLAS without its workspace", "train.py", 'os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")', "pass", REPEAT),
     Mutant("any name is near", "data/settings.py", "list(names), 1)", "list(names), 1, 0)", REPEAT),
     Mutant("no git is a crash", "model.py", ' if shutil.which("git") else ""', "", REPEAT),
+    Mutant("gradients: the mean over the processes", "train.py", "(loss * (ranks.world / count))", "(loss / count)", RANKS),
+    Mutant("gradients: added up at the first micro-batch", "train.py", "summing(forward, batch is batches[-1])", "summing(forward, batch is batches[0])", RANKS),
+    Mutant("gradients: no process waits for another", "data/ranks.py", "if last or not isinstance", "if not isinstance", RANKS),
+    Mutant("gradients: waiting for those that never come", "data/ranks.py", "        p.requires_grad_(False)  #", "        pass  #", RANKS),
+    Mutant("processes: each stops where it hears of it", "train.py", "stop = bool(asked) or ", "stop = interrupt.asked or ", RANKS),
+    Mutant("processes: all speak", "data/ranks.py", "        if dist.get_rank():\n", "        if False:\n", RANKS),
+    Mutant("processes: all save", "train.py", "if ranks.first and (last or", "if (last or", RANKS),
+    Mutant("processes: an error of the first is one of all", "data/ranks.py", "            raise SystemExit(1)\n", "            raise ValueError(self.rank)\n", RANKS),
+    Mutant("processes: one dropout for all", "train.py", ', step, *[ranks.rank] * (not ranks.first))', ", step)", RANKS),
+    Mutant("processes: held-out rows of the first alone", "train.py", "ranks.sum(found.to(device)).tolist()", "found.tolist()", RANKS),
+    Mutant("processes: seeds of answers by place", "eval.py", "range(len(items[task.name]))[mine]", "range(len(items[task.name]))", RANKS),
+    Mutant("fsdp: what trains is cut too", "data/ranks.py", "ignored_params=whole)", "ignored_params=set())", RANKS),
+    Mutant("fsdp: blocks stay whole", "data/ranks.py", "reshard_after_forward=module is not model", "reshard_after_forward=False", RANKS),
+    Mutant("fsdp: AdamW's numbers left behind", "train.py", "    forward = spread(model, model.model.layers, ranks, device, settings.fsdp, idle)\n    optimizer = build_optimizer(model, settings)\n",
+           "    optimizer = build_optimizer(model, settings)\n    forward = spread(model, model.model.layers, ranks, device, settings.fsdp, idle)\n", RANKS),
     Mutant("ctrl-c is a traceback", "train.py", "    except KeyboardInterrupt:\n", "    except ZeroDivisionError:\n", CRASH),
 ]
 
