@@ -47,7 +47,7 @@ MODEL, TALAN, TRAIN, EVAL = "test_model.py", "test_oracle.py test_talan.py test_
 HOSTILE, RANDOM = "test_hostile.py", "test_properties.py"
 BENCH, COMPARE, RULES, PREPARE, SANDBOX, INSIDE, COST = "test_benchmarks.py", "test_compare.py", "test_verdicts.py", "test_prepare.py", "test_sandbox.py", \
     "test_internals.py", "test_overhead.py"
-CRASH, NUMBERS, REPEAT, SWEEP = "test_crash.py", "test_numbers.py", "test_repeat.py", "test_sweep.py"
+CRASH, NUMBERS, REPEAT, SWEEP, RANKS = "test_crash.py", "test_numbers.py", "test_repeat.py", "test_sweep.py", "test_ranks.py"
 MUTANTS = [
     Mutant("mask off by one", "model.py", "+ 1) <= positions[", "+ 1) < positions[", MODEL),
     Mutant("mask sees one token ahead", "model.py", "+ 1) <= positions[:, None, :, None]", "+ 1) <= positions[:, None, :, None] + 1", MODEL),
@@ -90,7 +90,7 @@ MUTANTS = [
     Mutant("first token's target is itself", "train.py", "following, _ = pad_rows([row.ids[1:]", "following, _ = pad_rows([row.ids[:-1]", TRAIN),
     Mutant("one pad trained a row", "train.py", "[int(s) for s in row.supervised[1:]]", "[*map(int, row.supervised[1:]), 1]", TRAIN),
     Mutant("batches of any width", "train.py", "return -(-(len(self.ids) - 1) // MULTIPLE) * MULTIPLE", "return len(self.ids) - 1", TRAIN),
-    Mutant("mean of micro-batch means", "train.py", "(loss * (ranks.world / count)).backward()", "(loss / len(batch.targets) / len(batches)).backward()", TRAIN),
+    Mutant("mean of micro-batch means", "train.py", "(ranks.world / count)).backward()", "(ranks.world / len(batch.targets) / len(batches))).backward()", TRAIN),
     Mutant("stop token unlabelled", "train.py", "return after + len(token)", "return end", TRAIN),
     Mutant("token across the border labelled", "train.py", "supervised.append(begin <= a < b <= end)", "supervised.append(begin < b <= end)", TRAIN),
     Mutant("every epoch in the same order", "train.py", 'generator(seed, "order", epoch)', 'generator(seed, "order")', TRAIN),
@@ -212,6 +212,21 @@ MUTANTS = [
     Mutant("sweep: every seed is the first", "data/sweep.py", "replace(wanted, seed=seed) for seed in seeds", "wanted for seed in seeds", SWEEP),
     Mutant("sweep: interrupt in a last step forgotten", "train.py", "if not finished or part and interrupt.asked:", "if not finished:", SWEEP),
     Mutant("sweep: data of the runs not compared", "data/sweep.py", "                check_files(run, next(iter(plan())))\n", "", SWEEP),
+    Mutant("gradients: the mean over the processes", "train.py", "(loss * (ranks.world / count))", "(loss / count)", RANKS),
+    Mutant("gradients: added up at the first micro-batch", "train.py", "summing(forward, batch is batches[-1])", "summing(forward, batch is batches[0])", RANKS),
+    Mutant("gradients: no process waits for another", "data/ranks.py", "if last or not isinstance", "if not isinstance", RANKS),
+    Mutant("gradients: waiting for those that never come", "data/ranks.py", "        p.requires_grad_(False)  #", "        pass  #", RANKS),
+    Mutant("processes: each stops where it hears of it", "train.py", "stop = bool(asked) or ", "stop = interrupt.asked or ", RANKS),
+    Mutant("processes: all speak", "data/ranks.py", "        if dist.get_rank():\n", "        if False:\n", RANKS),
+    Mutant("processes: all save", "train.py", "if ranks.first and (last or", "if (last or", RANKS),
+    Mutant("processes: an error of the first is one of all", "data/ranks.py", "            raise SystemExit(1)\n", "            raise ValueError(self.rank)\n", RANKS),
+    Mutant("processes: one dropout for all", "train.py", ', step, *[ranks.rank] * (not ranks.first))', ", step)", RANKS),
+    Mutant("processes: held-out rows of the first alone", "train.py", "ranks.sum(found.to(device)).tolist()", "found.tolist()", RANKS),
+    Mutant("processes: seeds of answers by place", "eval.py", "range(len(items[task.name]))[mine]", "range(len(items[task.name]))", RANKS),
+    Mutant("fsdp: what trains is cut too", "data/ranks.py", "ignored_params=whole)", "ignored_params=set())", RANKS),
+    Mutant("fsdp: blocks stay whole", "data/ranks.py", "reshard_after_forward=module is not model", "reshard_after_forward=False", RANKS),
+    Mutant("fsdp: AdamW's numbers left behind", "train.py", "    forward = spread(model, model.model.layers, ranks, device, settings.fsdp, idle)\n    optimizer = build_optimizer(model, settings)\n",
+           "    optimizer = build_optimizer(model, settings)\n    forward = spread(model, model.model.layers, ranks, device, settings.fsdp, idle)\n", RANKS),
     Mutant("ctrl-c is a traceback", "train.py", "    except KeyboardInterrupt:\n", "    except ZeroDivisionError:\n", CRASH),
 ]
 
