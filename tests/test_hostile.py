@@ -865,7 +865,7 @@ COMMANDS = {
     "train, an unknown task": ("train.py --tasks mth", "tasks: expected some of math"),
     "train, an unknown target": ("train.py --targets qproj", "targets: expected one of q_proj"),
     "train, an unknown mixer": ("train.py --mixer conv", "mixer: expected one of linear, mlp, attention"),
-    "train, an infinite rate": ("train.py --lr inf", "--lr: expected a number above 0, found inf"),
+    "train, an infinite rate": ("train.py --lr inf", "--lr: expected a finite number above 0, found inf"),
     "train, endless epochs": ("train.py --epochs inf", "--epochs"), "train, NaN": ("train.py --warmup nan", "--warmup"),
     "train, infinite warmup": ("train.py --warmup inf", "--warmup"),
     "train, a word for a number": ("train.py --rank four", "argument --rank"),
