@@ -41,3 +41,17 @@ def tiny_checkpoint(tmp_path_factory):
         return made[key]
 
     return make
+
+
+COUNTED = {"test_hostile.py": "hostile or broken inputs, each with one clear error and nothing left behind",
+           "test_properties.py": "properties and fuzzers, each over many random inputs",
+           "test_sandbox.py": "attacks and awkward programs in the sandbox"}
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many of these were tried, and how many failed."""
+    for file, what in COUNTED.items():
+        passed, failed = (sum(report.nodeid.split("::")[0].endswith(file) for report in terminalreporter.stats.get(outcome, ()))
+                          for outcome in ("passed", "failed"))
+        if passed or failed:
+            terminalreporter.write_line(f"{passed + failed} {what}: {failed} failed")
