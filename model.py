@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import datetime
 import hashlib
 import json
 import math
@@ -22,16 +21,12 @@ import platform
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.compiler
-import jinja2.ext
-import jinja2.sandbox
 import numpy
 import safetensors
 import tokenizers
@@ -44,6 +39,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data.settings import nearest
+from data.template import TODAY, compile_template, render
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config
@@ -716,87 +712,6 @@ def save_model(model: Transformer, folder: str | Path, backbone_only: bool = Fal
 PLAIN_TEMPLATE = ("{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n{% elif m.role == 'user' %}"
                   "Question: {{ m.content }}\n{% else %}Answer:\n{{ m.content }}{{ eos_token }}\n{% endif %}{% endfor %}"
                   "{% if add_generation_prompt %}Answer:\n{% endif %}")
-TODAY = datetime.date(2024, 7, 26)  # templates that print a date get this one, so that no run depends on the day
-
-
-class GenerationTag(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}`, which some templates put around assistant text: rendered as its body."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class Counted(jinja2.compiler.CodeGenerator):
-    """Compiles into each block (loop, macro, branch) a look at the clock, and around each call, filter and a ~ b one at the result."""
-
-    def blockvisit(self, nodes: Any, frame: Any) -> None:
-        self.writeline("environment.step()")
-        super().blockvisit(nodes, frame)
-
-    def visit(self, node: Any, *args: Any, **options: Any) -> None:
-        sized = isinstance(node, (jinja2.nodes.Call, jinja2.nodes.Filter, jinja2.nodes.Concat))
-        self.write("environment.fit(" * sized)
-        super().visit(node, *args, **options)
-        self.write(")" * sized)
-
-
-class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """jinja2's immutable sandbox that also ends: after SECONDS of this thread's processor time, and at a number, text or list beyond LIMIT.
-
-    It needs no signal and no second thread. Not caught: a width in a format string, and one replace that multiplies two long texts.
-    """
-
-    SECONDS = 2.0  # templates take about a millisecond
-    end = math.inf  # on the thread's clock
-    code_generator_class = Counted
-    intercepted_binops = frozenset(("+", "*", "**", "%"))
-
-    def step(self) -> None:
-        """Raises SecurityError when the time is over."""
-        if time.thread_time() > self.end:
-            raise jinja2.sandbox.SecurityError(f"no end after {self.SECONDS:g} s")
-
-    def fit(self, value: Any) -> Any:
-        """The value. Raises SecurityError when it is too large."""
-        if (abs(value) if type(value) is int else len(value) if isinstance(value, (str, list, tuple)) else 0) > LIMIT:
-            raise jinja2.sandbox.SecurityError(f"a number, or characters or items, beyond {LIMIT:,}")
-        return value
-
-    def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]  # jinja2's own is "".join
-        """What a macro, a block or the whole template wrote. Raises SecurityError when it is too long."""
-        kept, room = [], LIMIT
-        for part in parts:
-            kept.append(part)
-            if (room := room - len(part)) < 0:
-                raise jinja2.sandbox.SecurityError(f"characters beyond {LIMIT:,}")
-        return "".join(kept)
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """left operator right. Raises SecurityError on powers and on too large a result."""
-        a, b = (len(x) if hasattr(x, "__len__") else abs(x) for x in (left, right))
-        if operator == "**" or operator == "*" and a * b > LIMIT:
-            raise jinja2.sandbox.SecurityError(f"too large a result of {operator}")
-        return self.fit(super().call_binop(context, operator, left, right))
-
-
-def compile_template(source: str) -> jinja2.Template:
-    """A chat template in the sandbox, with the helpers that templates expect."""
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols])
-    env.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    env.globals.pop("lipsum")
-    env.globals.update(raise_exception=raise_exception, strftime_now=TODAY.strftime)
-    try:
-        for constant in env.parse(source).find_all(jinja2.nodes.Const):
-            env.fit(constant.value)
-        return env.from_string(source)
-    except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError) as error:  # Python's own parser has limits too
-        raise ValueError(f"the chat template does not parse: {error}") from None
 
 
 @dataclass
@@ -825,11 +740,9 @@ class Tokenizer:
 
     def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> str:
         """messages [{role, content}] as text; thinking is off, dates are pinned. Raises ValueError when the template does."""
-        sandbox: Any = self.template.environment
-        sandbox.end = time.thread_time() + Sandbox.SECONDS
         try:
-            return self.template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, tools=None,
-                                        documents=None, enable_thinking=False, date_string=TODAY.strftime("%d %b %Y"), **self.specials)
+            return render(self.template, messages=list(messages), add_generation_prompt=add_generation_prompt, tools=None,
+                          documents=None, enable_thinking=False, date_string=TODAY.strftime("%d %b %Y"), **self.specials)
         except Exception as error:  # the template is a program: whatever it raises, it refuses these messages
             raise ValueError(f"the chat template refuses these messages: {error}") from None
 

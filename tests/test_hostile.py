@@ -29,7 +29,8 @@ import train
 from data.settings import given
 from data.task import Task
 from eval import Settings as EvalSettings
-from model import Cache, ModelConfig, Sandbox, Tokenizer, Transformer, compile_template, generate, load_model, load_tokenizer, resolve_folder
+from data.template import Sandbox, compile_template
+from model import Cache, ModelConfig, Tokenizer, Transformer, generate, load_model, load_tokenizer, resolve_folder
 from talan import AdapterConfig, TalanConfig, attach, attached, load_adapter, save_adapter
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}

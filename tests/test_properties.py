@@ -25,7 +25,8 @@ import eval as scoring
 import train
 from data.settings import given as given_settings
 from data.tasks import find_tasks, load_items
-from model import FIXED, HARMLESS, Cache, ModelConfig, Tokenizer, Transformer, compile_template, generate, load_tokenizer, tensor_info
+from data.template import compile_template
+from model import FIXED, HARMLESS, Cache, ModelConfig, Tokenizer, Transformer, generate, load_tokenizer, tensor_info
 from talan import MIXERS, SITES, WRITEBACKS, AdapterConfig, SidePath, TalanConfig, attach, read_peft_config, read_talan_config
 
 TINY = ROOT / "data/tiny/model"
