@@ -193,13 +193,13 @@ def tensors(run):
     return {f"{file.name} {name}": t for file in sorted(run.glob("*.safetensors")) for name, t in load_file(file).items()}
 
 
-def assert_close(run, want, atol=1e-5):
-    """Losses, norms and weights of two runs, and everything else the same."""
+def assert_close(run, want, atol=1e-5, norm=1e-6):
+    """Losses and weights of two runs to atol, gradient norms to the share `norm` at first, and everything else the same."""
     mine, other = test_train.metrics(run), test_train.metrics(want)
     assert [(line["kind"], line["step"]) for line in mine] == [(line["kind"], line["step"]) for line in other]
     for a, b in zip(mine[1:], other[1:]):
         assert a["loss"] == pytest.approx(b["loss"], rel=0, abs=atol)
-        assert a.get("grad_norm", 0) == pytest.approx(b.get("grad_norm", 0), rel=1e-6 if a["step"] == 1 else 1e-3)  # a rough loss: it grows
+        assert a.get("grad_norm", 0) == pytest.approx(b.get("grad_norm", 0), rel=norm if a["step"] == 1 else 1e-3)  # a rough loss: it grows
         assert [a.get(name) for name in ("lr", "supervised")] == [b.get(name) for name in ("lr", "supervised")]
     mine, other = tensors(run), tensors(want)
     assert mine.keys() == other.keys() and mine
@@ -406,7 +406,7 @@ def test_compiled_blocks_in_two_processes_equal_one(lab):
         settings = settings_of(lab, folder / "run", {**MICRO, "compile": True, **more})
         ended, seen = run_jobs(folder, 2, [{"name": name, "settings": settings, "perturb": True}], limit=900)
         assert ended[0] == 0, ended[2]
-        assert_close(folder / "run", lab.one("lora-300", MICRO))
+        assert_close(folder / "run", lab.one("lora-300", MICRO), norm=1e-5)  # other kernels, other roundings
         assert set(seen[name][1]["frozen"]) == {0.5 if more else 1.0}
 
 
