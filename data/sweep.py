@@ -203,8 +203,7 @@ def rate_table(losses: dict[str, dict[float, float]]) -> str:
 def choose_rates(sides: dict[str, Settings], rates: Sequence[float], out: Path, ranks: Ranks, overwrite: bool) -> dict[str, dict[float, float]]:
     """Losses on held-out rows by side and rate. The test items have no part in it."""
     grid = {(side, rate): (out / f"lr-{rate:g}" / side, replace(settings, lr=rate)) for rate in rates for side, settings in sides.items()}
-    if ranks.first:
-        check_runs(dict(grid.values()), overwrite)
+    ranks.from_first(lambda: check_runs(dict(grid.values()), overwrite))
     found = {key: held_out_loss(settings, run, ranks) for key, (run, settings) in grid.items()}
     losses = {side: {rate: found[side, rate] for rate in rates} for side in sides}
     print(f"\nfirst seed, after the last step; the rate with the lowest is taken (*), for each side by itself\n{rate_table(losses)}")
@@ -264,9 +263,8 @@ def sweep(explicit: dict[str, Any]) -> None:
     out, device = ranks.from_first(lambda: choose_folder(settings)), choose_device(ranks.device(settings.device))
     sides = sides_of(replace(settings, seed=seeds[0]))
     plan = lambda: {out / f"seed-{seed}" / side: replace(wanted, seed=seed) for seed in seeds for side, wanted in sides.items()}
+    ranks.from_first(lambda: None if rates else check_runs(plan(), settings.overwrite))
     if ranks.first:
-        if not rates:
-            check_runs(plan(), settings.overwrite)
         write_sweep(out, settings, sides, plan(), {})
         print(f"sweep folder: {out}; when stopped, the same command with --out {out} goes on")
         print(", ".join(f"{side}: {trainable(wanted)['all']:,} trainable, rank {wanted.rank}" for side, wanted in sides.items()))
@@ -275,8 +273,8 @@ def sweep(explicit: dict[str, Any]) -> None:
         if rates:
             losses = choose_rates(sides, rates, out, ranks, settings.overwrite)
             sides = {side: replace(wanted, lr=lowest(losses[side])) for side, wanted in sides.items()}
+            ranks.from_first(lambda: check_runs(plan(), settings.overwrite))
             if ranks.first:
-                check_runs(plan(), settings.overwrite)
                 write_sweep(out, settings, sides, plan(), losses)
         for run, wanted in plan().items():
             do_run(wanted, run, ranks, device)

@@ -144,7 +144,7 @@ def test_a_record_of_settings_that_are_none_is_refused(original, tmp_path):
     (tmp_path / "run/metrics.jsonl").write_text(json.dumps(record) + "\n")
     (tmp_path / "run/settings.json").write_text(json.dumps(record["settings"]))
     for explicit in ({"repeat": str(tmp_path / "run")}, {"out": str(tmp_path / "run"), "resume": True}):
-        with pytest.raises(ValueError, match="settings of a run of this version, found .*batch.*momentum"):
+        with pytest.raises(ValueError, match="settings of a run of this version, found .*momentum: 1, batch: 2"):
             train.main(explicit)
 
 

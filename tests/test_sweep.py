@@ -382,8 +382,8 @@ def test_sides_with_different_rates_are_compared_and_it_is_said(go, tmp_path, mo
 
 def test_a_rate_that_diverges_is_not_taken(tiny, tmp_path, capsys):
     settings = train.Settings(**test_train.flags(tiny, "", steps=3, talan=False, clip=0.0))
-    losses = sweep.choose_rates({"baseline": settings}, [1e-3, 1e30], tmp_path, Ranks(), False)
-    assert losses["baseline"][1e30] == math.inf and math.isfinite(losses["baseline"][1e-3]) and sweep.lowest(losses["baseline"]) == 1e-3
+    losses = sweep.choose_rates({"baseline": settings}, [1e-3, 1e29], tmp_path, Ranks(), False)
+    assert losses["baseline"][1e29] == math.inf and math.isfinite(losses["baseline"][1e-3]) and sweep.lowest(losses["baseline"]) == 1e-3
     assert "nonfinite-step-" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no finite loss at any of 1, 2"):
         sweep.lowest({1.0: math.inf, 2.0: math.inf})

@@ -97,7 +97,7 @@ def train_case(case: Case, inputs: Tensors) -> dict[str, Any]:
     batch, out = train.make_batch(rows, "cpu"), {}
     optimizer = train.build_optimizer(model, train.Settings(**{key: settings[key] for key in ("lr", "weight_decay", "talan_lr_scale")}))
     for step in range(settings["steps"]):
-        loss = train.loss_sum(model, batch, model.head_weight) / len(batch.targets)
+        loss = train.loss_sum(model, batch, model) / len(batch.targets)
         optimizer.zero_grad()
         loss.backward()
         if step == 0:
