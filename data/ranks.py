@@ -97,6 +97,7 @@ def open_ranks() -> Ranks:
 def close_ranks() -> None:
     """End the connection, if there is one. All processes do so or none: one that fails ends without, as NCCL would wait for the others."""
     if dist.is_available() and dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -75,8 +75,8 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """left operator right. Raises SecurityError on powers and on too large a result."""
-        a, b = (len(x) if hasattr(x, "__len__") else abs(x) for x in (left, right))
-        if operator == "**" or operator == "*" and a * b > LIMIT:
+        size = lambda x: len(x) if hasattr(x, "__len__") else abs(x)
+        if operator == "**" or operator == "*" and size(left) * size(right) > LIMIT:
             raise jinja2.sandbox.SecurityError(f"too large a result of {operator}")
         return self.fit(super().call_binop(context, operator, left, right))
 

@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import eval as evaluation  # noqa: E402
 import test_train  # noqa: E402
 import train  # noqa: E402
-from data.ranks import Ranks, open_ranks  # noqa: E402
+from data.ranks import Ranks, close_ranks, open_ranks  # noqa: E402
 
 tiny, signals = test_train.tiny, test_train.signals
 RUN = {**test_train.SHORT, "steps": 5, "step_tokens": 1000, "eval_every": 2, "save_every": 2, "lr": 3e-4}
@@ -152,6 +152,7 @@ def serve(file):
             (file.parent / f"{job['name']}.{os.environ['RANK']}.json").write_text(json.dumps(seen))
         if "stop" in job or "limit" in job:
             raise SystemExit(seen["ended"])
+    close_ranks()
 
 
 # ---------------------------------------------------------------- around it
