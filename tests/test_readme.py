@@ -32,5 +32,5 @@ def test_every_flag_named_is_one():
     import train
 
     known = {"--" + name.replace("_", "-") for kind in (train.Settings, *evaluation.COMMANDS.values()) for name in kind.__dataclass_fields__}
-    known |= {"--nproc-per-node", "--no-talan", "--verify", "--drop-side-path", "--source"}
+    known |= {"--nproc-per-node", "--parts", "--rounds", "--no-talan", "--verify", "--drop-side-path", "--source"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - known <= {"--out", "--help"}
