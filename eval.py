@@ -73,7 +73,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """Compare scored runs with scored runs: runs are paired by training seed, items by id."""
+    """Compare scored runs with scored runs: runs are paired by training seed, and by backbone where there are several, items by id."""
 
     baseline: tuple[str, ...] = setting((), "runs, one a seed: folders with records.jsonl and results.json, or with eval or eval-adapted in them")
     candidate: tuple[str, ...] = setting((), "runs of the same seeds, scored on the same items with the same settings")
@@ -428,13 +428,13 @@ def score(settings: Settings) -> dict[str, Record]:
     if ranks.first:
         write_results(out, records, {**about, "tasks": summaries, "speed": speed, **total})
         for task in tasks:
-            (out / f".{task.name}.part").unlink()
+            (out / f".{task.name}.part").unlink(missing_ok=True)
         print(f"{backbone}{' + ' + settings.adapter if settings.adapter else ''}: {len(records)} answers in {total['seconds']:.1f} s "
               f"({total['tokens_per_second']:,} tokens/s), records in {out}\n{score_table(summaries)}")
     return summaries
 
 
-def check_permission(tasks: Sequence[Task], settings: Settings) -> None:
+def check_permission(tasks: Sequence[Task], settings: Any) -> None:
     """Raises ValueError that lists the tasks which would run programs, unless that was allowed."""
     if (code := [task.name for task in tasks if task.kind == "code"]) and not settings.allow_code_execution:
         raise ValueError(f"{', '.join(code)}: scoring runs programs that the model wrote; say --allow-code-execution if it may")
@@ -625,9 +625,10 @@ class Cell(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """One scored run: its folder, the seed it was trained with, what must be the same in all runs, its cells."""
+    """One scored run: its folder, its backbone's name, the seed it was trained with, what must be the same in all runs, its cells."""
 
     folder: str
+    backbone: str
     seed: int | None
     facts: Record
     cells: dict[Key, Cell]
@@ -664,8 +665,11 @@ def read_cell(line: bytes, where: str) -> tuple[Key, Cell]:
     return (row["task"], row["id"], row["sample"]), Cell(verdicts, logprob, tokens or 0)
 
 
-def read_facts(file: Path) -> tuple[int | None, Record]:
-    """The training seed, and by name what must be the same in all runs: settings, code, backbone, data, prompts. Raises ValueError."""
+def read_facts(file: Path) -> tuple[str, int | None, Record]:
+    """The backbone's name, the training seed, and by name what must be the same in all runs: settings, code, backbone, data, prompts.
+
+    Raises ValueError.
+    """
     row = {"run_seed": None, **parse_object(file.read_bytes(), str(file))}
     settings, versions, tasks = (row.get(name) for name in ("settings", "versions", "tasks"))
     if not (isinstance(settings, dict) and isinstance(versions, dict) and isinstance(tasks, dict) and type(row["run_seed"]) in (int, type(None))
@@ -673,7 +677,7 @@ def read_facts(file: Path) -> tuple[int | None, Record]:
         raise ValueError(f"{file}: expected settings, versions, tasks with a summary each, and run_seed, a whole number or null")
     hashes = {f"{name}.{task}": summary.get(name) for task, summary in tasks.items() for name in ("data_sha256", "prompt_sha256")}
     facts = {**dict.fromkeys(FOUND), **{name: value for name, value in settings.items() if name not in OWN}, "torch": versions.get("torch"), **hashes}
-    return row["run_seed"], facts | {name: row[name] for name in FOUND if name in row}
+    return Path(str(row.get("backbone"))).name, row["run_seed"], facts | {name: row[name] for name in FOUND if name in row}
 
 
 def read_scored(run: str) -> Scored:
@@ -737,8 +741,34 @@ def check_cells(runs: Sequence[Scored]) -> list[str]:
     return problems
 
 
-def pair_runs(settings: CompareSettings) -> tuple[list[tuple[Scored, Scored]], list[str]]:
-    """(baseline, candidate) of each seed, ascending, and notes on what was let pass. Raises ValueError that lists all that does not match."""
+def by_backbone(baseline: Sequence[Scored], candidate: Sequence[Scored]) -> dict[str, list[list[Scored]]]:
+    """Both sides by backbone, where the same several are on both; else all runs together, for check_facts to find the difference."""
+    prints = [list(dict.fromkeys(str(run.facts["fingerprint"]) for run in side)) for side in (baseline, candidate)]
+    names = {str(run.facts["fingerprint"]): run.backbone for run in (*baseline, *candidate)}
+    if len(prints[0]) == 1 or set(prints[0]) != set(prints[1]):
+        return {"": [list(baseline), list(candidate)]}
+    clear = len(set(names.values())) == len(names)
+    of = lambda one: [[run for run in side if run.facts["fingerprint"] == one] for side in (baseline, candidate)]
+    return {names[one] if clear else f"{names[one]}-{one[:6]}": of(one) for one in prints[0]}
+
+
+def check_groups(groups: Mapping[str, Sequence[Sequence[Scored]]], ignore: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(what is wrong, what was let pass): the seeds of each backbone, that these are the same everywhere, and the facts of all together."""
+    several = len(groups) > 1
+    problems = [f"{name}{': ' * several}{text}" for name, sides in groups.items() for text in check_seeds(*sides)]
+    seeds = {name: sorted({run.seed for side in sides for run in side if run.seed is not None}) for name, sides in groups.items()}
+    if len(set(map(str, seeds.values()))) > 1:
+        shown = "; ".join(f"{name} {', '.join(map(str, found))}" for name, found in seeds.items())
+        problems.append(f"expected the same seeds for each backbone, found {shown}")
+    alike = lambda run: run._replace(facts={name: value for name, value in run.facts.items() if not several or name != "fingerprint"})
+    together = [[alike(run) for sides in groups.values() for run in sides[n]] for n in (0, 1)]
+    wrong, passed = check_facts(together[0], together[1], ignore)
+    return [*problems, *wrong, *check_cells(together[0] + together[1])], passed
+
+
+def pair_runs(settings: CompareSettings) -> tuple[dict[str, list[tuple[Scored, Scored]]], list[str]]:
+    """By backbone (of one: "") the (baseline, candidate) of each seed, ascending, and notes on what was let pass. Raises ValueError that
+    lists all that does not match."""
     problems = [f"{name}: expected at least {least}, found {value}" for name, value, least in (
         ("baseline runs", len(settings.baseline), 1), ("candidate runs", len(settings.candidate), 1),
         ("resamples", settings.resamples, 100), ("seed", settings.seed, 0)) if value < least]
@@ -750,8 +780,8 @@ def pair_runs(settings: CompareSettings) -> tuple[list[tuple[Scored, Scored]], l
             except (ValueError, OSError) as error:
                 problems.append(str(error))
     if not problems:
-        wrong, passed = check_facts(sides[0], sides[1], settings.ignore)
-        problems = [*check_seeds(sides[0], sides[1]), *wrong, *check_cells(sides[0] + sides[1])]
+        groups = by_backbone(*sides)
+        problems, passed = check_groups(groups, settings.ignore)
     if problems:
         raise ValueError("\n  ".join(["compare: these runs cannot be compared (--ignore NAMES lets settings differ):", *problems]))
     facts, notes = sides[0][0].facts, [f"ignored: {text}" for text in passed]
@@ -759,7 +789,7 @@ def pair_runs(settings: CompareSettings) -> tuple[list[tuple[Scored, Scored]], l
         notes.append(f"warning: scored with uncommitted changes, perhaps not the same ones: {', '.join(dirty)}")
     if unknown := [name for name in facts if facts[name] is None]:
         notes.append(f"warning: not recorded, so not compared: {', '.join(unknown)}")
-    return list(zip(*(sorted(side, key=lambda run: run.seed or 0) for side in sides))), notes
+    return {name: list(zip(*(sorted(side, key=lambda run: run.seed or 0) for side in group))) for name, group in groups.items()}, notes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -849,9 +879,11 @@ def flips(gaps: np.ndarray) -> Record:
 
 def statistics(grids: Mapping[str, Grid], settings: CompareSettings) -> Record:
     """Every rule and the reference solution of each task; pooled, the first rules and the reference solutions, as the mean of tasks, which
-    count alike, and over all items. A resample draws its seeds once for all tasks, and items within each task."""
+    count alike, and over all items. A resample draws its seeds once for all tasks, and items within each task: the same ones for every
+    backbone, whose grids are named BACKBONE/TASK."""
     seeds = draw_counts(np.random.default_rng(settings.seed), settings.resamples, next(iter(grids.values())).values.shape[2])
-    parts = {task: resample(grid, seeds, np.random.default_rng([settings.seed, zlib.crc32(task.encode())])) for task, grid in grids.items()}
+    items = lambda task: np.random.default_rng([settings.seed, zlib.crc32(task.rpartition("/")[2].encode())])
+    parts = {task: resample(grid, seeds, items(task)) for task, grid in grids.items()}
     gaps = {task: grid.values[:, 1] - grid.values[:, 0] for task, grid in grids.items()}
     tasks = {task: {"rules": {rule: estimate([parts[task][k]]) | flips(gaps[task][k]) for k, rule in enumerate(grid.rules)},
                     "reference": estimate(parts[task][-1:]) if grid.sizes[-1].any() else None} for task, grid in grids.items()}
@@ -867,6 +899,14 @@ def statistics(grids: Mapping[str, Grid], settings: CompareSettings) -> Record:
 # ---------------------------------------------------------------------------------------------------------------------
 # Comparing runs: table and picture
 # ---------------------------------------------------------------------------------------------------------------------
+
+def least_zero(tasks: Mapping[str, Record]) -> str:
+    """How many differences are at least 0, in per cent and in likelihood."""
+    first = [next(iter(entry["rules"].values()))["difference"] for entry in tasks.values()]
+    last = [entry["reference"]["difference"] for entry in tasks.values() if entry["reference"]]
+    return "differences of at least 0: " + ", ".join(f"{sum(x >= 0 for x in found)} of {len(found)} {what}" for what, found in (
+        ("in per cent", first), ("in log-likelihood", last)) if found)
+
 
 def comparison_table(result: Record) -> str:
     """A line a rule and the pooled lines, then the same for the reference solutions, then the notes."""
@@ -886,18 +926,26 @@ def comparison_table(result: Record) -> str:
     if references:
         text += "\n\nlog-likelihood of the reference solution, nats per token\n" + table(
             ["task", "n", "baseline", "candidate", *columns, "tokens", "seeds won"], references)
+    if len(result["tasks"]) > 1:
+        text += f"\n{least_zero(result['tasks'])}"
     return "\n".join([text, *result["notes"]])
 
 
 def compare(settings: CompareSettings, name: str = "comparison") -> Record:
     """Pair and compare the runs; prints the table, writes NAME.json and NAME.png, returns what the JSON holds. Raises ValueError."""
-    pairs, notes = pair_runs(settings)
-    grids = {task: build_grid(pairs, task) for task in dict.fromkeys(key[0] for key in pairs[0][0].cells)}
+    groups, notes = pair_runs(settings)
+    grids = {f"{name}{'/' * bool(name)}{task}": build_grid(pairs, task) for name, pairs in groups.items()
+             for task in dict.fromkeys(key[0] for key in pairs[0][0].cells)}
+    pairs = next(iter(groups.values()))
+    facts = pairs[0][0].facts
+    if len(groups) > 1:
+        facts = facts | {"fingerprint": {name: found[0][0].facts["fingerprint"] for name, found in groups.items()}}
     notes += [f"warning: {task}: a reference log-likelihood is missing in some of the runs for {grid.partial} items, which are left out of it"
               for task, grid in grids.items() if grid.partial]
     notes += ["one seed: the intervals hold the variation over items alone, none over seeds"] * (len(pairs) == 1)
     result = {"settings": asdict(settings), "seeds": [b.seed if c.seed is None else c.seed for b, c in pairs], "notes": notes,
-              "runs": [{"baseline": b.folder, "candidate": c.folder} for b, c in pairs], "facts": pairs[0][0].facts, **statistics(grids, settings)}
+              "runs": [{"baseline": b.folder, "candidate": c.folder} for pairs in groups.values() for b, c in pairs],
+              "facts": facts, **statistics(grids, settings)}
     out = Path(settings.out or Path(settings.candidate[0], "comparison"))
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -25,6 +25,8 @@ class Settings:
     dev_data: tuple[str, ...] = setting((), "held-out rows; without it --dev-rows are taken from --data")
     dev_rows: int = setting(64, "rows held out from --data for the loss during training")
     tasks: tuple[str, ...] = setting(("math", "word", "science", "code"), "scored before and after, as eval.py --tasks; none: nothing")
+    limit: int = setting(0, "items a task that are scored; 0: all")
+    allow_code_execution: bool = setting(False, "code tasks: run the programs that the model writes")
     out: str = setting("", "run folder; empty: the next free runs/NUMBER")
     adapter: str = setting("lora", "none, lora, dora or rslora")
     rank: int = setting(16, "rank of the adapter")
@@ -70,6 +72,7 @@ class Settings:
     seeds: tuple[str, ...] = setting((), "with --paired: seeds and ranges of them, 0-6 or 0,1,5")
     lrs: tuple[str, ...] = setting((), "with --paired: rates tried on the first seed; each side takes its own with the lowest held-out loss")
     paired_control: str = setting("none", "with --paired: rank: a third side, the adapter alone with its rank raised to as many parameters; or none")
+    vary: tuple[str, ...] = setting((), "with --paired: further candidates with one setting changed each: mixer=mlp slots=32 layers=0.25+0.75")
     repeat: str = setting("", "run folder whose recorded settings to start again with, in --out; no other flag goes with it")
     resume: bool = setting(False, "go on with the run in --out, by its own settings")
     overwrite: bool = setting(False, "delete the run in --out first")
@@ -78,7 +81,7 @@ class Settings:
         """Raise ValueError that lists every number out of range."""
         above = [n for n in ("epochs", "step_tokens", "max_tokens", "lr") if not 0 < getattr(self, n) < 1e30]
         least = [n for n in ("steps", "dev_rows", "micro_tokens", "min_lr", "warmup", "weight_decay", "clip", "talan_lr_scale",
-                             "log_every", "eval_every", "save_every") if not 0 <= getattr(self, n) < 1e30]
+                             "log_every", "eval_every", "save_every", "limit") if not 0 <= getattr(self, n) < 1e30]
         wrong = [f"--{n.replace('_', '-')}: expected a finite number {'above' if n in above else 'of at least'} 0, found {getattr(self, n)}"
                  for n in above + least]
         if wrong:
@@ -107,7 +110,7 @@ from tqdm import tqdm
 from data.record import check_record, describe, read_record
 from data.ranks import Ranks, close_ranks, open_ranks, spread, summing
 from data.rows import Message, check_messages, parse_object, read_lines
-from eval import Settings as EvalSettings, compare_table, find_tasks, load_items, score
+from eval import Settings as EvalSettings, check_permission, compare_table, find_tasks, load_items, score
 from model import Tokenizer, Transformer, atomic, choose_device, choose_dtype, generator, keep_freed_memory
 from model import load_model, load_tokenizer, pad_rows, read_json, save_model, sync, tensor_info
 from talan import AdapterConfig, TalanConfig, attach, attached, checkpoint_folder, group_of, raise_all, report, save_adapter, tensor_problems
@@ -759,7 +762,8 @@ def scoring(settings: Settings, out: Path, device: Any, run: Path | None = None)
     """How the backbone, or the run in this folder, is scored."""
     trained = {"backbone": str(run)} if run and settings.scope == "full" else {}
     trained |= {"adapter": str(run)} if run and (settings.talan or settings.adapter != "none") else {}
-    common: dict[str, Any] = {"backbone": settings.backbone, "tasks": settings.tasks, "device": str(device), "dtype": settings.dtype}
+    common: dict[str, Any] = {"backbone": settings.backbone, "tasks": settings.tasks, "limit": settings.limit, "device": str(device),
+                              "dtype": settings.dtype, "allow_code_execution": settings.allow_code_execution}
     return EvalSettings(**(common | trained), out=str(out))
 
 
@@ -773,7 +777,7 @@ def score_run(settings: Settings, run: Path, device: torch.device) -> None:
 def main(explicit: dict[str, Any], part: bool = False) -> None:
     """Open the run, load, train, save, score (a part of a sweep: not). Raises ValueError on bad input, SystemExit(130) when interrupted."""
     settings = recorded_settings(explicit) if explicit.get("repeat") else Settings(**explicit)
-    if {"paired", "seeds", "lrs", "paired_control"} & set(explicit):
+    if {"paired", "seeds", "lrs", "paired_control", "vary"} & set(explicit):
         from data.sweep import sweep
 
         return sweep(explicit)
@@ -787,6 +791,7 @@ def main(explicit: dict[str, Any], part: bool = False) -> None:
     device = choose_device(ranks.device(settings.device))
     keep_freed_memory()
     if settings.tasks != ("none",):
+        check_permission(find_tasks(settings.tasks), settings)
         for task in find_tasks(settings.tasks):
             load_items(task)  # a bad task file must not be found out after hours of training
     tokenizer = load_tokenizer(settings.backbone)

@@ -4,7 +4,9 @@ OUT/sweep.json                 settings, hashes of them and of each run's, train
 OUT/base                       the bare backbone's scores
 OUT/lr-RATE/SIDE               --lrs: the first seed at each rate, trained and not scored
 OUT/seed-N/SIDE                ordinary run folders with scores in eval-adapted; SIDE is baseline, candidate and, where asked for, control
+                               and mixer=mlp, ... of --vary
 OUT/comparison.json, .png      candidate against baseline; comparison-control.json, .png: against the control
+OUT/comparison-mixer=mlp.json  --vary: that variation against the baseline; variations.json, .png: the candidate and all of them
 
 What is finished in OUT is taken as it is, what is not goes on, so the same command finishes a sweep that was stopped. Under torchrun
 process 0 decides what is done.
@@ -28,12 +30,15 @@ import torch
 
 from data.ranks import Ranks, open_ranks
 from data.record import check_record, read_record
-from eval import CompareSettings, Record, compare, compare_table, score, table
+from data.figures import draw_comparison
+from data.settings import nearest
+from eval import CompareSettings, Record, compare, compare_table, comparison_table, score, table
 from model import ModelConfig, Transformer, atomic, choose_device, read_json, resolve_folder
-from talan import attach, group_of
+from talan import SCOPES, attach, group_of
 from train import Settings, free_folder, kept, main, parts, restore, scoring
 
-OWN = ("paired", "seeds", "lrs", "paired_control")  # settings of a sweep that its runs do not have
+OWN = ("paired", "seeds", "lrs", "paired_control", "vary")  # settings of a sweep that its runs do not have
+AXES = ("layers", "site", "slots", "width", "mixer", "writeback", "bound", "scope", "grad_scale", "trunk_grad_scale", "talan_lr_scale")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is asked for
@@ -63,10 +68,39 @@ def parse_rates(words: Sequence[str]) -> list[float]:
     return sorted(rates)
 
 
+def parse_variation(word: str) -> dict[str, Any]:
+    """"slots=32" -> {"slots": 32}; several layers are joined by +. Raises ValueError on what is no axis of the side path, or not its kind."""
+    name, _, text = word.partition("=")
+    if name not in AXES:
+        raise ValueError(f"{word!r}: expected AXIS=VALUE with an axis of {', '.join(AXES)}{nearest(name, AXES)}")
+    usual = getattr(Settings(), name)
+    try:
+        value: Any = tuple(text.split("+")) if isinstance(usual, tuple) else type(usual)(text)
+        parts(replace(Settings(), **{name: value}))
+        if name == "scope" and value not in SCOPES:
+            raise ValueError(f"expected one of {', '.join(SCOPES)}{nearest(value, SCOPES)}")
+    except ValueError as error:
+        raise ValueError(f"{word!r}: {' '.join(str(error).split())}") from None
+    return {name: value}
+
+
+def parse_variations(words: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What each variation changes, by its word. Raises ValueError that lists every word which is none, and those that come twice."""
+    found, wrong = {}, [f"{word!r} comes twice" for n, word in enumerate(words) if word in words[:n]]
+    for word in words:
+        try:
+            found[word] = parse_variation(word)
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError("\n  ".join(["--vary:", *wrong]))
+    return found
+
+
 def check_asked(settings: Settings, explicit: dict[str, Any]) -> None:
     """Raises ValueError that lists every flag which a sweep cannot go by."""
     problems = [text for text, holds in (
-        ("--seeds, --lrs and --paired-control go with --paired", not settings.paired),
+        ("--seeds, --lrs, --paired-control and --vary go with --paired", not settings.paired),
         ("--seed: --seeds names them", "seed" in explicit),
         ("--lr: --lrs tries several, name it among them", settings.lrs and "lr" in explicit),
         ("--no-talan: the candidates have the side path", not settings.talan),
@@ -84,10 +118,11 @@ def sides_of(settings: Settings) -> dict[str, Settings]:
 
     Scope writeback trains the adapter and a part of the side path: without one, it is scope joint.
     """
-    candidate = replace(settings, out="", paired=False, seeds=(), lrs=(), paired_control="none")
+    candidate = replace(settings, out="", paired=False, seeds=(), lrs=(), paired_control="none", vary=())
     baseline = replace(candidate, talan=False, scope="joint" if candidate.scope == "writeback" else candidate.scope)
     sides = {"baseline": baseline, "candidate": candidate}
-    return sides | ({"control": replace(baseline, rank=control_rank(candidate))} if settings.paired_control == "rank" else {})
+    sides |= {"control": replace(baseline, rank=control_rank(candidate))} if settings.paired_control == "rank" else {}
+    return sides | {word: replace(candidate, **changes) for word, changes in parse_variations(settings.vary).items()}
 
 
 def trainable(settings: Settings) -> dict[str, int]:
@@ -244,15 +279,33 @@ def ending() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def compare_sides(out: Path, sides: dict[str, Settings], seeds: Sequence[int]) -> None:
-    """Print and write the comparison of the candidates with the baselines, then with the controls."""
-    scores = lambda side: tuple(str(out / f"seed-{seed}" / side / "eval-adapted") for seed in seeds)
-    for other, name in (("baseline", "comparison"), ("control", "comparison-control")):
-        if other in sides:
-            a, b = asdict(sides[other]), asdict(sides["candidate"])
-            differ = ", ".join(f"{key} {a[key]} | {b[key]}" for key in a if a[key] != b[key])
-            print(f"\n{other} against candidate, {len(seeds)} seeds; of their settings in training these differ, as they are meant to: {differ}")
-            compare(CompareSettings(scores(other), scores("candidate"), out=str(out)), name)
+def compare_sides(out: Path, sides: dict[str, Settings], seeds: Sequence[int], rest: Sequence[str]) -> None:
+    """Print and write the comparison of the candidates with the baselines and with the controls; then of each variation in `rest` with the
+    baselines, and these together."""
+    def against(other: str, side: str, name: str) -> Record:
+        a, b = asdict(sides[other]), asdict(sides[side])
+        differ = ", ".join(f"{key} {a[key]} | {b[key]}" for key in a if a[key] != b[key])
+        print(f"\n{other} against {side}, {len(seeds)} seeds; of their settings in training these differ, as they are meant to: {differ}")
+        scores = lambda one: tuple(str(out / f"seed-{seed}" / one / "eval-adapted") for seed in seeds)
+        return compare(CompareSettings(scores(other), scores(side), out=str(out)), name)
+
+    found = {"candidate": against("baseline", "candidate", "comparison")}
+    if "control" in sides:
+        against("control", "candidate", "comparison-control")
+    found |= {word: against("baseline", word, f"comparison-{word}") for word in rest}
+    if rest:
+        overview(out, found)
+
+
+def overview(out: Path, found: dict[str, Record]) -> None:
+    """One table and one figure of comparisons with the same baselines: of each its task, or the mean of its tasks."""
+    line = lambda result: (result["tasks"] if len(result["tasks"]) == 1 else {"": result["pooled"]["mean of tasks"]}).values()
+    lines = {name: next(iter(line(result))) for name, result in found.items()}
+    together = {"tasks": lines, "pooled": {}, "seeds": found["candidate"]["seeds"], "notes": []}
+    with atomic(out / "variations.json") as tmp:
+        tmp.write_text(json.dumps(together, indent=2) + "\n")
+    draw_comparison(together, out / "variations.png")
+    print(f"\nagainst the baseline: the candidate, and with one setting changed\n{comparison_table(together)}\nwrote {out / 'variations.json'}")
 
 
 def sweep(explicit: dict[str, Any]) -> None:
@@ -282,5 +335,5 @@ def sweep(explicit: dict[str, Any]) -> None:
                 check_files(run, next(iter(plan())))
                 print(compare_table(base, read_json(run / "eval-adapted/results.json")["tasks"]))
         if ranks.first:
-            compare_sides(out, sides, seeds)
+            compare_sides(out, sides, seeds, settings.vary)
         ranks.wait()

@@ -233,6 +233,63 @@ def test_the_pooled_log_likelihoods_against_plain_loops(tmp_path):
         assert line["interval95"] == pytest.approx(slow_interval(draws), abs=1e-10) and line["n"] == SIZES["gsm8k"] + SIZES["arc"]
 
 
+# ---------------------------------------------------------------- several backbones
+
+
+def make_labs(folder, **options):
+    """Runs of three seeds on two backbones; the lab of both, and that of each alone."""
+    alone = {name: make_lab(folder / name, chances=chances, **options) for name, chances in (("small", (0.4, 0.6)), ("large", (0.7, 0.6)))}
+    for name, lab in alone.items():
+        for run in (*lab["baseline"], *lab["candidate"]):
+            rewrite(run, backbone=f"somewhere/{name}", fingerprint=f"print of {name}")
+    return {side: tuple(run for lab in alone.values() for run in lab[side]) for side in ("baseline", "candidate")}, alone
+
+
+def test_several_backbones_have_a_line_each_and_one_mean(tmp_path, capsys):
+    """Each line is that of its backbone compared by itself, interval included; the mean counts every line alike and draws an item for all
+    backbones at once."""
+    lab, alone = make_labs(tmp_path)
+    result = compare(lab, seed=2)
+    parts = {name: compare(each, seed=2) for name, each in alone.items()}
+    assert result["tasks"] == {f"{name}/{task}": entry for name, part in parts.items() for task, entry in part["tasks"].items()}
+    lines = [next(iter(entry["rules"].values())) for entry in result["tasks"].values()]
+    mean = result["pooled"]["mean of tasks"]["rules"]["first"]
+    assert mean["difference"] == pytest.approx(math.fsum(line["difference"] for line in lines) / 6, abs=1e-10)
+    assert mean["by_seed"] == pytest.approx([math.fsum(line["by_seed"][s] for line in lines) / 6 for s in range(3)], abs=1e-10)
+    seeds, items = slow_draws(alone["small"], SIZES, 200, 2)
+    cells = [(task, slow_cells(each, task, RULES[task][0])) for each in alone.values() for task in SIZES]
+    draws = [math.fsum(slow_gap(cell, seeds[r], items[task][r]) for task, cell in cells) / 6 for r in range(200)]
+    assert mean["interval95"] == pytest.approx(slow_interval(draws), abs=1e-9)
+    assert result["facts"]["fingerprint"] == {"small": "print of small", "large": "print of large"} and len(result["runs"]) == 6
+    least = sum(line["difference"] >= 0 for line in lines)
+    assert 0 < least < 6 and f"differences of at least 0: {least} of 6 in per cent, " in capsys.readouterr().out
+
+
+def test_backbones_of_one_name_are_told_apart(tmp_path):
+    lab, _ = make_labs(tmp_path)
+    for run in (*lab["baseline"], *lab["candidate"]):
+        rewrite(run, backbone="model", fingerprint="aaaa00001" if "/small/" in run else "bbbb00001")
+    assert {name.split("/")[0] for name in compare(lab)["tasks"]} == {"model-aaaa00", "model-bbbb00"}
+
+
+def test_backbones_must_have_the_same_seeds_settings_and_items(tmp_path):
+    lab, _ = make_labs(tmp_path)
+    large = [run for side in lab.values() for run in side if "/large/" in run]
+    for run in large:
+        rewrite(run, run_seed=json.loads((Path(run) / "results.json").read_text())["run_seed"] + 1, commit="another")
+    change(large[0], lambda records: records.pop())
+    text = refused(lab)
+    assert "expected the same seeds for each backbone, found small 0, 1, 2; large 1, 2, 3" in text and "commit: " in text and "lacks items" in text
+    lab["candidate"] = lab["candidate"][:-1]
+    assert "large: seed 3: expected one run a side" in refused(lab)
+
+
+def test_other_backbones_on_the_two_sides_are_refused(tmp_path):
+    lab, alone = make_labs(tmp_path)
+    assert "fingerprint: " in refused({"baseline": alone["small"]["baseline"], "candidate": alone["large"]["candidate"]})
+    assert "fingerprint: " in refused({"baseline": lab["baseline"], "candidate": alone["large"]["candidate"]})
+
+
 def test_a_worked_example(tmp_path):
     """Two seeds, four items by hand: 1 2 right of 4 become 3 2, flips +3 -1; log-likelihood (-1 + 0) / (10 + 30) tokens a seed."""
     def run(name, seed, right, first):

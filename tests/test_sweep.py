@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import eval as evaluation  # noqa: E402
 import test_train  # noqa: E402
 import train  # noqa: E402
-from data import sweep  # noqa: E402
+from data import keep, sweep  # noqa: E402
 from data.ranks import Ranks  # noqa: E402
 
 tiny, signals, contents, metrics, start = test_train.tiny, test_train.signals, test_train.contents, test_train.metrics, test_train.start
@@ -287,7 +287,7 @@ def test_a_run_from_other_data_is_refused(go, copy):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"paired": False}, "--seeds, --lrs and --paired-control go with --paired"), ({"seed": 3}, "--seed: --seeds names them"),
+    ({"paired": False}, "--seeds, --lrs, --paired-control and --vary go with --paired"), ({"seed": 3}, "--seed: --seeds names them"),
     ({"lr": 0.1, "lrs": ("0.1", "0.2")}, "--lr: --lrs tries several"), ({"talan": False}, "--no-talan"), ({"adapter": "none"}, "--adapter none"),
     ({"scope": "talan"}, "--scope talan"), ({"tasks": ("none",)}, "--tasks none"), ({"dry_run": True}, "--dry-run"),
     ({"paired_control": "width"}, "expected none or rank, found 'width'"), ({"seeds": ()}, "--seeds: expected .* found none"),
@@ -316,6 +316,117 @@ def test_seeds_without_paired_on_the_command_line():
 @pytest.mark.parametrize("words, seeds", [(("0-6",), list(range(7))), (("0", "1", "5"), [0, 1, 5]), (("8", "2-3"), [8, 2, 3]), (("4-4",), [4])])
 def test_seeds(words, seeds):
     assert sweep.parse_seeds(words) == seeds
+
+
+# ---------------------------------------------------------------- variations
+
+VARIED = ("mixer=mlp", "layers=0+1", "scope=talan", "talan_lr_scale=3")
+
+
+@pytest.fixture(scope="module")
+def varied(tiny, items, tmp_path_factory):
+    return start(tiny, tmp_path_factory.mktemp("varied") / "done", **SWEEP, tasks=(items,), vary=VARIED)
+
+
+def test_a_variation_is_the_candidate_with_one_setting_changed(varied, done):
+    settings = lambda run: {k: v for k, v in stored(run / "settings.json").items() if k != "out"}
+    want = ({"mixer": "mlp"}, {"layers": ["0", "1"]}, {"scope": "talan"}, {"talan_lr_scale": 3.0})
+    for seed in (0, 1):
+        candidate = settings(varied / f"seed-{seed}/candidate")
+        for word, changes in zip(VARIED, want):
+            assert settings(varied / f"seed-{seed}" / word) == candidate | changes
+        assert candidate == settings(done / f"seed-{seed}/candidate") and candidate["vary"] == []
+    assert list(stored(varied / "sweep.json")["sides"]) == ["baseline", "candidate", *VARIED]
+
+
+def test_each_variation_is_compared_with_the_baseline(varied, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "draw_comparison", lambda result, file: False)
+    together = stored(varied / "variations.json")["tasks"]
+    assert list(together) == ["candidate", *VARIED]
+    for word in VARIED:
+        runs = [tuple(str(varied / f"seed-{seed}" / side) for seed in (0, 1)) for side in ("baseline", word)]
+        by_hand = evaluation.compare(evaluation.CompareSettings(*runs, out=str(tmp_path)))
+        assert stored(varied / f"comparison-{word}.json")["tasks"] == by_hand["tasks"] and together[word] == by_hand["tasks"]["sums"]
+    assert together["candidate"] == stored(varied / "comparison.json")["tasks"]["sums"]
+    assert len({json.dumps(entry["reference"]) for entry in together.values()}) == 5  # no two points are one run
+
+
+def test_several_tasks_are_shown_by_their_mean(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "draw_comparison", lambda result, file: False)
+    line = lambda x: {"rules": {"score": {"n": 1, "baseline": 1.0, "candidate": 1.0 + x, "difference": x, "interval95": [x, x], "seeds_won": 1,
+                                          "seeds_tied": 0}}, "reference": None}
+    two = {"tasks": {"a": line(1), "b": line(2)}, "pooled": {"mean of tasks": line(1.5), "all items": line(9)}, "seeds": [0]}
+    sweep.overview(tmp_path, {"candidate": two, "slots=2": {**two, "tasks": {"a": line(4)}}})
+    assert {name: entry["rules"]["score"]["difference"] for name, entry in stored(tmp_path / "variations.json")["tasks"].items()} == {
+        "candidate": 1.5, "slots=2": 4}
+    assert "candidate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, messages", [
+    (("mixer=rnn", "slot=3", "slots", "slots=x"), ("'mixer=rnn': .*linear, mlp, attention", "did you mean slots", "'slots': .*", "'slots=x': ")),
+    (("slots=2", "slots=2"), ("'slots=2' comes twice",)), (("slots=0",), ("slots: expected an integer of at least 1",)),
+    (("rank=2",), ("expected AXIS=VALUE with an axis of layers, site",)), (("layers=0.5+x",), ("layers",)), (("layers=0+7",), ("layers",)),
+    (("scope=all",), ("joint, adapter, talan",)), (("talan_lr_scale=-1",), ("talan-lr-scale",)), (("grad_scale=nan",), ("grad_scale",))])
+def test_variations_that_are_refused(go, tmp_path, words, messages):
+    for message in messages:
+        with pytest.raises(ValueError, match="(?s)" + message):
+            go(tmp_path / "out", vary=words)
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- how runs of a sweep are scored
+
+
+def test_limit_and_permission_reach_every_scoring(tiny, items, tmp_path):
+    out = start(tiny, tmp_path / "out", **SWEEP | {"seeds": ("0",), "steps": 1}, tasks=(items,), limit=2, allow_code_execution=True)
+    for folder in (out / "base", out / "seed-0/baseline/eval-adapted", out / "seed-0/candidate/eval-adapted"):
+        results = stored(folder / "results.json")
+        assert results["settings"]["limit"] == 2 and results["settings"]["allow_code_execution"] and results["tasks"]["sums"]["n"] == 2
+
+
+def test_code_tasks_without_permission_are_refused_before_training(go, tmp_path):
+    with pytest.raises(ValueError, match="--allow-code-execution"):
+        go(tmp_path / "out", tasks=("mbpp",))
+    assert not (tmp_path / "out" / "seed-0").exists()
+
+
+# ---------------------------------------------------------------- keeping a sweep
+
+
+def test_what_is_kept_compares_alike(varied, tmp_path, monkeypatch, capsys):
+    """The same table from the kept folder, to the 1e-5 nats that are kept; nothing of this machine's paths in the project."""
+    monkeypatch.setattr(evaluation, "draw_comparison", lambda result, file: False)
+    keep.main({"sweep": str(varied), "out": str(tmp_path / "kept")})
+    tables = []
+    for folder in (varied, tmp_path / "kept"):
+        sides = [tuple(str(folder / f"seed-{seed}" / side) for seed in (0, 1)) for side in ("baseline", "scope=talan")]
+        tables.append(evaluation.compare(evaluation.CompareSettings(*sides, out=str(tmp_path / "out"))))
+    for part in ("rules", "reference"):
+        one, two = (table["tasks"]["sums"][part] for table in tables)
+        assert one == two if part == "rules" else one["difference"] == pytest.approx(two["difference"], abs=1e-6) and one["size"] == two["size"]
+    assert tables[0]["facts"] == tables[1]["facts"] and tables[0]["seeds"] == tables[1]["seeds"] == [0, 1]
+    run = tmp_path / "kept/seed-0/candidate"
+    assert {file.name for file in run.iterdir()} == {"records.jsonl.gz", "results.json"} and (tmp_path / "kept/base/results.json").exists()
+    lines = metrics(varied / "seed-0/candidate")
+    assert stored(run / "results.json")["training"] | {"seconds": 0} == {
+        "steps": 3, "seconds": 0, "tokens": sum(line.get("tokens", 0) for line in lines), "trainable": lines[0]["trainable"],
+        "held_out_loss": lines[-1]["loss"]}
+    assert "training" not in stored(tmp_path / "kept/base/results.json")
+
+
+def test_keeping_again_gives_the_same_bytes_and_nothing_else_is_replaced(done, tmp_path):
+    for out in ("one", "two", "one"):
+        keep.main({"sweep": str(done), "out": str(tmp_path / out)})
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") and len(contents(tmp_path / "one")) > 10
+    (tmp_path / "mine").mkdir()
+    for sweep_folder, out, message in ((done, "mine", "exists, and holds no sweep"), (tmp_path / "mine", "new", "expected a folder of train.py")):
+        with pytest.raises(ValueError, match=message):
+            keep.main({"sweep": str(sweep_folder), "out": str(tmp_path / out)})
+    assert not (tmp_path / "new").exists() and not any((tmp_path / "mine").iterdir())
+
+
+def test_paths_in_the_project_become_relative():
+    assert keep.relative({"a": [f"{ROOT}/data/x", "/elsewhere", 3], "b": {"c": f"{ROOT}/y"}}) == {"a": ["data/x", "/elsewhere", 3], "b": {"c": "y"}}
 
 
 # ---------------------------------------------------------------- the control

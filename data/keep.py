@@ -1,0 +1,105 @@
+"""Keep what `eval.py compare` needs of a sweep, small enough to commit: python data/keep.py runs/SWEEP --out data/records/NAME
+
+OUT/sweep.json                          the sweep's settings
+OUT/seed-N/SIDE/records.jsonl.gz        of each item: task, id, verdicts, log-likelihood of the reference solution (to 1e-5 nats) and its tokens
+OUT/seed-N/SIDE/results.json, ...       as they were, with what the training took; paths in the project become relative
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from data.rows import parse_object, read_lines
+from data.settings import given, setting
+
+COLUMNS = ("task", "id", "sample", "verdicts", "reference_logprob", "reference_tokens")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Keep what eval.py compare needs of a sweep of train.py --paired, compressed."""
+
+    sweep: str = setting("", "the sweep's folder")
+    out: str = setting("", "where to; what is there is replaced")
+
+
+def slim(record: dict[str, Any]) -> dict[str, Any]:
+    """The columns that a comparison reads; sample 0 is not said."""
+    kept = {name: record[name] for name in COLUMNS if name != "sample" or record[name]}
+    logprob = kept["reference_logprob"]
+    return kept | {"reference_logprob": logprob if logprob is None else round(logprob, 5)}
+
+
+def relative(value: Any) -> Any:
+    """The same JSON, texts that begin with the project's root without it."""
+    if isinstance(value, dict):
+        return {key: relative(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [relative(item) for item in value]
+    return value.removeprefix(f"{ROOT}/") if isinstance(value, str) else value
+
+
+def training(run: Path) -> dict[str, Any]:
+    """Steps, seconds in them, trainable parameters and the loss on held-out rows after the last; nothing for a backbone."""
+    file = run / "metrics.jsonl"
+    lines = [parse_object(line, where) for where, line in read_lines(file)] if file.exists() else []
+    steps = [line for line in lines if line["kind"] == "step"]
+    return {"training": {"steps": len(steps), "seconds": round(sum(line["seconds"] for line in steps), 1),
+                         "tokens": sum(line["tokens"] for line in steps), "trainable": lines[0].get("trainable"),
+                         "held_out_loss": [line["loss"] for line in lines if line["kind"] == "dev"][-1]}} if steps else {}
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Indented, paths below the project's root without it."""
+    file.write_text(json.dumps(relative(value), indent=1) + "\n")
+
+
+def keep_run(run: Path, scores: Path, to: Path) -> None:
+    """One scored run, or the scored backbone."""
+    to.mkdir(parents=True)
+    rows = [slim(parse_object(line, where)) for where, line in read_lines(scores / "records.jsonl")]
+    text = "".join(json.dumps(row, separators=(",", ":"), ensure_ascii=False) + "\n" for row in rows)
+    (to / "records.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+    write_json(to / "results.json", json.loads((scores / "results.json").read_text()) | training(run))
+
+
+def keep(sweep: Path, out: Path) -> list[Path]:
+    """Write OUT anew, complete or not at all; returns its files. Raises ValueError when there is no finished sweep."""
+    from model import atomic
+
+    found = {file.parent.parent: file.parent for file in sorted(sweep.glob("seed-*/*/eval-adapted/results.json"))}
+    if not (sweep / "sweep.json").exists() or not found:
+        raise ValueError(f"{sweep}: expected a folder of train.py --paired with scored runs")
+    if out.exists() and not (out / "sweep.json").exists():
+        raise ValueError(f"{out}: exists, and holds no sweep")
+    with atomic(out) as tmp:
+        tmp.mkdir()
+        write_json(tmp / "sweep.json", json.loads((sweep / "sweep.json").read_text()))
+        for run, scores in (found | {sweep / "base": sweep / "base"}).items():
+            keep_run(run, scores, tmp / run.relative_to(sweep))
+        if out.exists():
+            shutil.rmtree(out)
+    return sorted(file for file in out.rglob("*") if file.is_file())
+
+
+def main(explicit: dict[str, Any]) -> None:
+    """Keep, and say how much it is."""
+    settings = Settings(**explicit)
+    files = keep(Path(settings.sweep), Path(settings.out))
+    print(f"{settings.out}: {len(files)} files, {sum(file.stat().st_size for file in files):,} bytes")
+
+
+if __name__ == "__main__":
+    try:
+        main(given(Settings, sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"keep.py: {error}") from None
