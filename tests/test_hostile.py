@@ -885,7 +885,9 @@ COMMANDS = {
     "eval, missing task": ("eval.py --tasks nowhere.jsonl", "nowhere.jsonl"), "eval, empty task": ("eval.py --tasks rows.jsonl", "no items"),
     "eval, an unknown task": ("eval.py --tasks maths", "tasks: expected some of math"),
     "eval, an unknown flag": ("eval.py --task math", "did you mean --tasks"),
-    "eval, an unprepared task": ("eval.py --tasks gsm8k", "prepare it with: python data/prepare.py gsm8k|shots|answers"),
+    **{f"eval, an unprepared task, {name}": (f"eval.py --tasks {name} --allow-code-execution",
+                                             f"prepare it with: python data/prepare.py {task.path.parent.name}")
+       for name, task in data.tasks.TASKS.items() if not task.path.exists()},
     "eval, missing records": ("eval.py --rescore nowhere.jsonl", "nowhere.jsonl"),
     "eval, samples without temperature": ("eval.py --samples 4", "--temperature above 0"),
     "eval, a top_p of 2": ("eval.py --tasks own.jsonl --top-p 2", "top_p"),
