@@ -1,4 +1,7 @@
-"""Keep what `eval.py compare` needs of a sweep, small enough to commit: python data/keep.py runs/SWEEP --out data/records/NAME
+"""Keep what `eval.py compare` needs of a sweep of `train.py --paired`, small enough to commit.
+
+    python data/keep.py --sweep runs/NAME --out data/records/NAME
+    python data/keep.py                         what the kept sweeps trained and took, and the learning rates they tried
 
 OUT/sweep.json                          the sweep's settings
 OUT/seed-N/SIDE/records.jsonl.gz        of each item: task, id, verdicts, log-likelihood of the reference solution (to 1e-5 nats) and its tokens
@@ -26,10 +29,10 @@ COLUMNS = ("task", "id", "sample", "verdicts", "reference_logprob", "reference_t
 
 @dataclass(frozen=True)
 class Settings:
-    """Keep what eval.py compare needs of a sweep of train.py --paired, compressed."""
+    """Keep what eval.py compare needs of a sweep of train.py --paired, compressed; without --sweep: list what is kept."""
 
-    sweep: str = setting("", "the sweep's folder")
-    out: str = setting("", "where to; what is there is replaced")
+    sweep: str = setting("", "the sweep's folder; empty: list the sweeps in --out")
+    out: str = setting(str(ROOT / "data/records"), "where to; what is there is replaced")
 
 
 def slim(record: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +82,7 @@ def keep(sweep: Path, out: Path) -> list[Path]:
     found = {file.parent.parent: file.parent for file in sorted(sweep.glob("seed-*/*/eval-adapted/results.json"))}
     if not (sweep / "sweep.json").exists() or not found:
         raise ValueError(f"{sweep}: expected a folder of train.py --paired with scored runs")
-    if out.exists() and not (out / "sweep.json").exists():
+    if out.exists() and not (out / "sweep.json").exists():  # data/records itself, say
         raise ValueError(f"{out}: exists, and holds no sweep")
     with atomic(out) as tmp:
         tmp.mkdir()
@@ -91,9 +94,42 @@ def keep(sweep: Path, out: Path) -> list[Path]:
     return sorted(file for file in out.rglob("*") if file.is_file())
 
 
+def side_line(sweep: Path, name: str, side: str) -> list[str]:
+    """One line of the list: the runs of one side, means over them, and the minutes of all."""
+    runs = [json.loads(file.read_text()) for file in sorted(sweep.glob(f"seed-*/{side}/results.json"))]
+    mean = lambda key: sum(run["training"][key] for run in runs) / len(runs)
+    minutes = lambda seconds: f"{sum(seconds) / 60:.1f}"
+    return [name, side, str(len(runs)), *(f"{mean(key):,.0f}" for key in ("trainable", "steps", "tokens")), f"{mean('held_out_loss'):.5f}",
+            minutes(run["training"]["seconds"] for run in runs), minutes(run["seconds"] for run in runs)]
+
+
+def rates_table(sweep: dict[str, Any]) -> str:
+    """A line a side; a rate whose loss was not finite has none."""
+    from eval import table
+
+    losses, sides = sweep["held_out_losses"], sweep["sides"]
+    cell = lambda side, rate, loss: "-" if loss is None else f"{loss:.5f}{'*' * (float(rate) == sides[side]['lr'])}"
+    return table(["side", *next(iter(losses.values()))], [[side, *(cell(side, *pair) for pair in line.items())] for side, line in losses.items()])
+
+
+def show(folder: Path) -> str:
+    """A line for each side of each kept sweep; then the learning rates that were tried. Raises ValueError when there are none."""
+    from eval import table
+
+    sweeps = {file.parent.relative_to(folder).as_posix(): json.loads(file.read_text()) for file in sorted(folder.rglob("sweep.json"))}
+    if not sweeps:
+        raise ValueError(f"{folder}: no kept sweeps")
+    lines = [side_line(folder / name, name, side) for name, sweep in sweeps.items() for side in sweep["sides"]]
+    text = table(["sweep", "side", "runs", "trainable", "steps", "tokens", "held-out loss", "training min", "scoring min"], lines)
+    return text + "".join(f"\n\n{name}: held-out loss of the first seed by learning rate, * taken\n{rates_table(sweep)}"
+                          for name, sweep in sweeps.items() if sweep["held_out_losses"])
+
+
 def main(explicit: dict[str, Any]) -> None:
-    """Keep, and say how much it is."""
+    """Keep, and say how much it is; or list."""
     settings = Settings(**explicit)
+    if not settings.sweep:
+        return print(show(Path(settings.out)))
     files = keep(Path(settings.sweep), Path(settings.out))
     print(f"{settings.out}: {len(files)} files, {sum(file.stat().st_size for file in files):,} bytes")
 

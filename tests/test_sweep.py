@@ -425,6 +425,24 @@ def test_keeping_again_gives_the_same_bytes_and_nothing_else_is_replaced(done, t
     assert not (tmp_path / "new").exists() and not any((tmp_path / "mine").iterdir())
 
 
+def test_the_list_of_what_is_kept(varied, tmp_path, capsys):
+    keep.main({"sweep": str(varied), "out": str(tmp_path / "records/one")})
+    told = stored(tmp_path / "records/one/sweep.json")
+    told["held_out_losses"] = {"baseline": {"0.001": 0.5, "0.01": None}}
+    told["sides"]["baseline"]["lr"] = 0.001
+    (tmp_path / "records/one/sweep.json").write_text(json.dumps(told))
+    capsys.readouterr()
+    keep.main({"out": str(tmp_path / "records")})
+    text = capsys.readouterr().out
+    lines = {line.split()[1]: line.split() for line in text.splitlines()[1:7]}
+    assert list(lines) == ["baseline", "candidate", *VARIED] and lines["baseline"][:5] == ["one", "baseline", "2", "3,712", "3"]
+    losses = [metrics(varied / f"seed-{seed}/mixer=mlp")[-1]["loss"] for seed in (0, 1)]
+    assert float(lines["mixer=mlp"][6]) == pytest.approx(sum(losses) / 2, abs=1e-5)
+    assert "one: held-out loss of the first seed by learning rate" in text and "0.50000*" in text and text.rstrip().endswith("-")
+    with pytest.raises(ValueError, match="no kept sweeps"):
+        keep.main({"out": str(tmp_path / "none")})
+
+
 def test_paths_in_the_project_become_relative():
     assert keep.relative({"a": [f"{ROOT}/data/x", "/elsewhere", 3], "b": {"c": f"{ROOT}/y"}}) == {"a": ["data/x", "/elsewhere", 3], "b": {"c": "y"}}
 
