@@ -931,8 +931,8 @@ def comparison_table(result: Record) -> str:
     return "\n".join([text, *result["notes"]])
 
 
-def compare(settings: CompareSettings, name: str = "comparison") -> Record:
-    """Pair and compare the runs; prints the table, writes NAME.json and NAME.png, returns what the JSON holds. Raises ValueError."""
+def compared(settings: CompareSettings) -> Record:
+    """Pair and compare the runs; returns what comparison.json holds. Raises ValueError."""
     groups, notes = pair_runs(settings)
     grids = {f"{name}{'/' * bool(name)}{task}": build_grid(pairs, task) for name, pairs in groups.items()
              for task in dict.fromkeys(key[0] for key in pairs[0][0].cells)}
@@ -943,9 +943,14 @@ def compare(settings: CompareSettings, name: str = "comparison") -> Record:
     notes += [f"warning: {task}: a reference log-likelihood is missing in some of the runs for {grid.partial} items, which are left out of it"
               for task, grid in grids.items() if grid.partial]
     notes += ["one seed: the intervals hold the variation over items alone, none over seeds"] * (len(pairs) == 1)
-    result = {"settings": asdict(settings), "seeds": [b.seed if c.seed is None else c.seed for b, c in pairs], "notes": notes,
-              "runs": [{"baseline": b.folder, "candidate": c.folder} for pairs in groups.values() for b, c in pairs],
-              "facts": facts, **statistics(grids, settings)}
+    return {"settings": asdict(settings), "seeds": [b.seed if c.seed is None else c.seed for b, c in pairs], "notes": notes,
+            "runs": [{"baseline": b.folder, "candidate": c.folder} for pairs in groups.values() for b, c in pairs],
+            "facts": facts, **statistics(grids, settings)}
+
+
+def compare(settings: CompareSettings, name: str = "comparison") -> Record:
+    """Compare the runs: prints the table, writes NAME.json and NAME.png, returns what the JSON holds. Raises ValueError."""
+    result = compared(settings)
     out = Path(settings.out or Path(settings.candidate[0], "comparison"))
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")

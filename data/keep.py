@@ -1,7 +1,7 @@
 """Keep what `eval.py compare` needs of a sweep of `train.py --paired`, small enough to commit.
 
     python data/keep.py --sweep runs/NAME --out data/records/NAME
-    python data/keep.py                         what the kept sweeps trained and took, and the learning rates they tried
+    python data/keep.py                         what the kept sweeps trained and took, learning rates and variations that they tried
 
 OUT/sweep.json                          the sweep's settings
 OUT/seed-N/SIDE/records.jsonl.gz        of each item: task, id, verdicts, log-likelihood of the reference solution (to 1e-5 nats) and its tokens
@@ -112,8 +112,18 @@ def rates_table(sweep: dict[str, Any]) -> str:
     return table(["side", *next(iter(losses.values()))], [[side, *(cell(side, *pair) for pair in line.items())] for side, line in losses.items()])
 
 
+def variations_table(folder: Path, sweep: dict[str, Any]) -> str:
+    """The candidate and each variation against the baselines, a line each."""
+    from data.sweep import together
+    from eval import CompareSettings, compared, comparison_table
+
+    runs = lambda side: tuple(str(file.parent) for file in sorted(folder.glob(f"seed-*/{side}/results.json")))
+    return comparison_table(together({side: compared(CompareSettings(runs("baseline"), runs(side)))
+                                      for side in ("candidate", *sweep["settings"]["vary"])}))
+
+
 def show(folder: Path) -> str:
-    """A line for each side of each kept sweep; then the learning rates that were tried. Raises ValueError when there are none."""
+    """A line for each side of each kept sweep; then learning rates and variations, where there were some. Raises ValueError when none is kept."""
     from eval import table
 
     sweeps = {file.parent.relative_to(folder).as_posix(): json.loads(file.read_text()) for file in sorted(folder.rglob("sweep.json"))}
@@ -121,8 +131,10 @@ def show(folder: Path) -> str:
         raise ValueError(f"{folder}: no kept sweeps")
     lines = [side_line(folder / name, name, side) for name, sweep in sweeps.items() for side in sweep["sides"]]
     text = table(["sweep", "side", "runs", "trainable", "steps", "tokens", "held-out loss", "training min", "scoring min"], lines)
-    return text + "".join(f"\n\n{name}: held-out loss of the first seed by learning rate, * taken\n{rates_table(sweep)}"
-                          for name, sweep in sweeps.items() if sweep["held_out_losses"])
+    text += "".join(f"\n\n{name}: held-out loss of the first seed by learning rate, * taken\n{rates_table(sweep)}"
+                    for name, sweep in sweeps.items() if sweep["held_out_losses"])
+    return text + "".join(f"\n\n{name}: against its baselines\n{variations_table(folder / name, sweep)}"
+                          for name, sweep in sweeps.items() if sweep["settings"]["vary"])
 
 
 def main(explicit: dict[str, Any]) -> None:

@@ -297,15 +297,20 @@ def compare_sides(out: Path, sides: dict[str, Settings], seeds: Sequence[int], r
         overview(out, found)
 
 
-def overview(out: Path, found: dict[str, Record]) -> None:
-    """One table and one figure of comparisons with the same baselines: of each its task, or the mean of its tasks."""
+def together(found: dict[str, Record]) -> Record:
+    """Comparisons with the same baselines as one, a line each: its task, or the mean of its tasks."""
     line = lambda result: (result["tasks"] if len(result["tasks"]) == 1 else {"": result["pooled"]["mean of tasks"]}).values()
     lines = {name: next(iter(line(result))) for name, result in found.items()}
-    together = {"tasks": lines, "pooled": {}, "seeds": found["candidate"]["seeds"], "notes": []}
+    return {"tasks": lines, "pooled": {}, "seeds": found["candidate"]["seeds"], "notes": []}
+
+
+def overview(out: Path, found: dict[str, Record]) -> None:
+    """One table and one figure of comparisons with the same baselines: variations.json, .png."""
+    result = together(found)
     with atomic(out / "variations.json") as tmp:
-        tmp.write_text(json.dumps(together, indent=2) + "\n")
-    draw_comparison(together, out / "variations.png")
-    print(f"\nagainst the baseline: the candidate, and with one setting changed\n{comparison_table(together)}\nwrote {out / 'variations.json'}")
+        tmp.write_text(json.dumps(result, indent=2) + "\n")
+    draw_comparison(result, out / "variations.png")
+    print(f"\nagainst the baseline: the candidate, and with one setting changed\n{comparison_table(result)}\nwrote {out / 'variations.json'}")
 
 
 def sweep(explicit: dict[str, Any]) -> None:

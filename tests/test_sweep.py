@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 import sys
@@ -438,7 +439,11 @@ def test_the_list_of_what_is_kept(varied, tmp_path, capsys):
     assert list(lines) == ["baseline", "candidate", *VARIED] and lines["baseline"][:5] == ["one", "baseline", "2", "3,712", "3"]
     losses = [metrics(varied / f"seed-{seed}/mixer=mlp")[-1]["loss"] for seed in (0, 1)]
     assert float(lines["mixer=mlp"][6]) == pytest.approx(sum(losses) / 2, abs=1e-5)
-    assert "one: held-out loss of the first seed by learning rate" in text and "0.50000*" in text and text.rstrip().endswith("-")
+    assert "one: held-out loss of the first seed by learning rate" in text and re.search(r"\nbaseline +0\.50000\* +-\n", text)
+    table = evaluation.comparison_table(stored(varied / "variations.json")).splitlines()
+    shown = text.splitlines()[-len(table):]
+    same = lambda line: [word for word in line.split() if not re.search(r"\d\.\d{5}", word)]  # likelihoods are kept to 1e-5 nats an item
+    assert [same(line) for line in shown] == [same(line) for line in table] and len(shown) == 15
     with pytest.raises(ValueError, match="no kept sweeps"):
         keep.main({"out": str(tmp_path / "none")})
 
