@@ -125,7 +125,7 @@ class OverheadSettings:
     clock: str = setting("wall", "wall, or cpu: seconds of this process's own threads together, which other processes disturb less")
     context: int = setting(1024, "positions that a token attends to, in the count of FLOPs")
     rank: int = setting(16, "adapter on all seven projections: rank")
-    layers: tuple[str, ...] = setting(("0.5",), "side path: layers, as indices or fractions of the depth")
+    layers: tuple[str, ...] = setting(("0.75",), "side path: layers, as indices or fractions of the depth")
     slots: int = setting(8, "side path: memory slots")
     width: int = setting(64, "side path: memory width")
     mixer: str = setting("linear", "side path: linear, mlp or attention")

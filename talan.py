@@ -86,7 +86,7 @@ class TalanConfig:
     Raises ValueError that lists every bad field.
     """
 
-    layers: tuple[int | float, ...] = (0.5,)
+    layers: tuple[int | float, ...] = (0.75,)
     site: str = "block"
     slots: int = 8
     width: int = 64

@@ -34,7 +34,7 @@ class Settings:
     dropout: float = setting(0.0, "dropout on the adapter's input")
     targets: tuple[str, ...] = setting(("all",), "projections with an adapter")
     talan: bool = setting(True, "attach the side path")
-    layers: tuple[str, ...] = setting(("0.5",), "side path: layers, as indices or fractions of the depth")
+    layers: tuple[str, ...] = setting(("0.75",), "side path: layers, as indices or fractions of the depth")
     site: str = setting("block", "side path: after the block or after the attention")
     slots: int = setting(8, "side path: memory slots")
     width: int = setting(64, "side path: memory width")
