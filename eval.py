@@ -392,7 +392,7 @@ def score(settings: Settings) -> dict[str, Record]:
     from talan import gains_kept, load_adapter
 
     tasks = find_tasks(settings.tasks)
-    check_permission(tasks, settings)
+    check_permission(tasks, settings.allow_code_execution)
     items = {task.name: load_items(task, settings.limit) for task in tasks}
     pools = {task.name: load_pool(task) if settings.shots else [] for task in tasks}
     ranks = open_ranks()
@@ -434,9 +434,9 @@ def score(settings: Settings) -> dict[str, Record]:
     return summaries
 
 
-def check_permission(tasks: Sequence[Task], settings: Any) -> None:
+def check_permission(tasks: Sequence[Task], allowed: bool) -> None:
     """Raises ValueError that lists the tasks which would run programs, unless that was allowed."""
-    if (code := [task.name for task in tasks if task.kind == "code"]) and not settings.allow_code_execution:
+    if (code := [task.name for task in tasks if task.kind == "code"]) and not allowed:
         raise ValueError(f"{', '.join(code)}: scoring runs programs that the model wrote; say --allow-code-execution if it may")
 
 
@@ -590,7 +590,7 @@ def rescore(settings: Settings) -> dict[str, Record]:
 
 def rejudge(task: Task, rows: Sequence[Record], settings: Settings) -> list[Record]:
     """The verdicts of one task again. Raises ValueError when programs would have to run and may not."""
-    check_permission([task], settings)
+    check_permission([task], settings.allow_code_execution)
     return run_tests(task, rows, load_items(task), settings) if task.kind == "code" else [judge(task, row) for row in rows]
 
 

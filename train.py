@@ -791,8 +791,9 @@ def main(explicit: dict[str, Any], part: bool = False) -> None:
     device = choose_device(ranks.device(settings.device))
     keep_freed_memory()
     if settings.tasks != ("none",):
-        check_permission(find_tasks(settings.tasks), settings)
-        for task in find_tasks(settings.tasks):
+        tasks = find_tasks(settings.tasks)
+        check_permission(tasks, settings.allow_code_execution)
+        for task in tasks:
             load_items(task)  # a bad task file must not be found out after hours of training
     tokenizer = load_tokenizer(settings.backbone)
     model = build_model(settings, device)

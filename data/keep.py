@@ -5,14 +5,15 @@
 
 OUT/sweep.json                          the sweep's settings
 OUT/seed-N/SIDE/records.jsonl.gz        of each item: task, id, verdicts, log-likelihood of the reference solution (to 1e-5 nats) and its tokens
-OUT/seed-N/SIDE/results.json, ...       as they were, with what the training took; paths in the project become relative
+OUT/seed-N/SIDE/results.json            as it was, with what the training took; paths in the project become relative
+OUT/base                                the same two files of the bare backbone
 """
 
 from __future__ import annotations
 
 import gzip
 import json
-import shutil
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,7 @@ def keep_run(run: Path, scores: Path, to: Path) -> None:
 def keep(sweep: Path, out: Path) -> list[Path]:
     """Write OUT anew, complete or not at all; returns its files. Raises ValueError when there is no finished sweep."""
     from model import atomic
+    from train import remove_folder
 
     found = {file.parent.parent: file.parent for file in sorted(sweep.glob("seed-*/*/eval-adapted/results.json"))}
     if not (sweep / "sweep.json").exists() or not found:
@@ -90,7 +92,7 @@ def keep(sweep: Path, out: Path) -> list[Path]:
         for run, scores in (found | {sweep / "base": sweep / "base"}).items():
             keep_run(run, scores, tmp / run.relative_to(sweep))
         if out.exists():
-            shutil.rmtree(out)
+            remove_folder(out)
     return sorted(file for file in out.rglob("*") if file.is_file())
 
 
@@ -104,12 +106,11 @@ def side_line(sweep: Path, name: str, side: str) -> list[str]:
 
 
 def rates_table(sweep: dict[str, Any]) -> str:
-    """A line a side; a rate whose loss was not finite has none."""
-    from eval import table
+    """The table that the sweep printed; a loss that was not finite is inf."""
+    from data.sweep import rate_table
 
-    losses, sides = sweep["held_out_losses"], sweep["sides"]
-    cell = lambda side, rate, loss: "-" if loss is None else f"{loss:.5f}{'*' * (float(rate) == sides[side]['lr'])}"
-    return table(["side", *next(iter(losses.values()))], [[side, *(cell(side, *pair) for pair in line.items())] for side, line in losses.items()])
+    return rate_table({side: {float(rate): math.inf if loss is None else loss for rate, loss in line.items()}
+                       for side, line in sweep["held_out_losses"].items()})
 
 
 def variations_table(folder: Path, sweep: dict[str, Any]) -> str:
@@ -131,7 +132,7 @@ def show(folder: Path) -> str:
         raise ValueError(f"{folder}: no kept sweeps")
     lines = [side_line(folder / name, name, side) for name, sweep in sweeps.items() for side in sweep["sides"]]
     text = table(["sweep", "side", "runs", "trainable", "steps", "tokens", "held-out loss", "training min", "scoring min"], lines)
-    text += "".join(f"\n\n{name}: held-out loss of the first seed by learning rate, * taken\n{rates_table(sweep)}"
+    text += "".join(f"\n\n{name}: first seed, by learning rate, * taken\n{rates_table(sweep)}"
                     for name, sweep in sweeps.items() if sweep["held_out_losses"])
     return text + "".join(f"\n\n{name}: against its baselines\n{variations_table(folder / name, sweep)}"
                           for name, sweep in sweeps.items() if sweep["settings"]["vary"])

@@ -28,9 +28,9 @@ from typing import Any
 
 import torch
 
+from data.figures import draw_comparison
 from data.ranks import Ranks, open_ranks
 from data.record import check_record, read_record
-from data.figures import draw_comparison
 from data.settings import nearest
 from eval import CompareSettings, Record, compare, compare_table, comparison_table, score, table
 from model import ModelConfig, Transformer, atomic, choose_device, read_json, resolve_folder

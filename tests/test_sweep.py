@@ -385,9 +385,11 @@ def test_limit_and_permission_reach_every_scoring(tiny, items, tmp_path):
         assert results["settings"]["limit"] == 2 and results["settings"]["allow_code_execution"] and results["tasks"]["sums"]["n"] == 2
 
 
-def test_code_tasks_without_permission_are_refused_before_training(go, tmp_path):
-    with pytest.raises(ValueError, match="--allow-code-execution"):
-        go(tmp_path / "out", tasks=("mbpp",))
+@pytest.mark.parametrize("changes", [SWEEP, {"steps": 1}], ids=["sweep", "run"])
+def test_code_tasks_without_permission_are_refused_before_training(tiny, tmp_path, changes, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda *rest: pytest.fail("it was trained"))
+    with pytest.raises(ValueError, match="mbpp: .*--allow-code-execution"):
+        start(tiny, tmp_path / "out", **changes | {"tasks": ("mbpp",)})
     assert not (tmp_path / "out" / "seed-0").exists()
 
 
@@ -439,7 +441,7 @@ def test_the_list_of_what_is_kept(varied, tmp_path, capsys):
     assert list(lines) == ["baseline", "candidate", *VARIED] and lines["baseline"][:5] == ["one", "baseline", "2", "3,712", "3"]
     losses = [metrics(varied / f"seed-{seed}/mixer=mlp")[-1]["loss"] for seed in (0, 1)]
     assert float(lines["mixer=mlp"][6]) == pytest.approx(sum(losses) / 2, abs=1e-5)
-    assert "one: held-out loss of the first seed by learning rate" in text and re.search(r"\nbaseline +0\.50000\* +-\n", text)
+    assert "one: first seed, by learning rate" in text and re.search(r"\nbaseline +0\.50000\* +inf\n", text)
     table = evaluation.comparison_table(stored(varied / "variations.json")).splitlines()
     shown = text.splitlines()[-len(table):]
     same = lambda line: [word for word in line.split() if not re.search(r"\d\.\d{5}", word)]  # likelihoods are kept to 1e-5 nats an item
