@@ -3,10 +3,11 @@
     python data/keep.py --sweep runs/NAME --out data/records/NAME
     python data/keep.py                         what the kept sweeps trained and took, learning rates and variations that they tried
 
-OUT/sweep.json                          the sweep's settings
+OUT/sweep.json                          the sweep's settings, and the seconds of each side's runs at the rates that were not taken
 OUT/seed-N/SIDE/records.jsonl.gz        of each item: task, id, verdicts, log-likelihood of the reference solution (to 1e-5 nats) and its tokens
 OUT/seed-N/SIDE/results.json            as it was, with what the training took; paths in the project become relative
 OUT/base                                the same two files of the bare backbone
+OUT/variations.png                      the figure of --vary
 """
 
 from __future__ import annotations
@@ -76,6 +77,13 @@ def keep_run(run: Path, scores: Path, to: Path) -> None:
     write_json(to / "results.json", json.loads((scores / "results.json").read_text()) | training(run))
 
 
+def grid_seconds(sweep: Path, sides: dict[str, Any]) -> dict[str, float]:
+    """Seconds of training of the first seed at the rates that were tried and not taken, by side."""
+    seconds = lambda run: training(run).get("training", {"seconds": 0.0})["seconds"]
+    return {side: round(sum(seconds(run) for run in sweep.glob(f"lr-*/{side}") if run.parent.name != f"lr-{taken['lr']:g}"), 1)
+            for side, taken in sides.items()}
+
+
 def keep(sweep: Path, out: Path) -> list[Path]:
     """Write OUT anew, complete or not at all; returns its files. Raises ValueError when there is no finished sweep."""
     from model import atomic
@@ -88,21 +96,23 @@ def keep(sweep: Path, out: Path) -> list[Path]:
         raise ValueError(f"{out}: exists, and holds no sweep")
     with atomic(out) as tmp:
         tmp.mkdir()
-        write_json(tmp / "sweep.json", json.loads((sweep / "sweep.json").read_text()))
+        content = json.loads((sweep / "sweep.json").read_text())
+        write_json(tmp / "sweep.json", content | {"grid_seconds": grid_seconds(sweep, content["sides"])})
         for run, scores in (found | {sweep / "base": sweep / "base"}).items():
             keep_run(run, scores, tmp / run.relative_to(sweep))
+        if (figure := sweep / "variations.png").exists():
+            (tmp / figure.name).write_bytes(figure.read_bytes())
         if out.exists():
             remove_folder(out)
     return sorted(file for file in out.rglob("*") if file.is_file())
 
 
-def side_line(sweep: Path, name: str, side: str) -> list[str]:
-    """One line of the list: the runs of one side, means over them, and the minutes of all."""
+def side_line(sweep: Path, name: str, side: str, grid: float) -> tuple[list[str], list[float]]:
+    """One line of the list: the runs of one side and means over them; and the seconds of all, of the grid, and of scoring."""
     runs = [json.loads(file.read_text()) for file in sorted(sweep.glob(f"seed-*/{side}/results.json"))]
     mean = lambda key: sum(run["training"][key] for run in runs) / len(runs)
-    minutes = lambda seconds: f"{sum(seconds) / 60:.1f}"
-    return [name, side, str(len(runs)), *(f"{mean(key):,.0f}" for key in ("trainable", "steps", "tokens")), f"{mean('held_out_loss'):.5f}",
-            minutes(run["training"]["seconds"] for run in runs), minutes(run["seconds"] for run in runs)]
+    cells = [name, side, str(len(runs)), *(f"{mean(key):,.0f}" for key in ("trainable", "steps", "tokens")), f"{mean('held_out_loss'):.5f}"]
+    return cells, [sum(run["training"]["seconds"] for run in runs), grid, sum(run["seconds"] for run in runs)]
 
 
 def rates_table(sweep: dict[str, Any]) -> str:
@@ -130,8 +140,10 @@ def show(folder: Path) -> str:
     sweeps = {file.parent.relative_to(folder).as_posix(): json.loads(file.read_text()) for file in sorted(folder.rglob("sweep.json"))}
     if not sweeps:
         raise ValueError(f"{folder}: no kept sweeps")
-    lines = [side_line(folder / name, name, side) for name, sweep in sweeps.items() for side in sweep["sides"]]
-    text = table(["sweep", "side", "runs", "trainable", "steps", "tokens", "held-out loss", "training min", "scoring min"], lines)
+    sides = [side_line(folder / name, name, side, sweep["grid_seconds"][side]) for name, sweep in sweeps.items() for side in sweep["sides"]]
+    sides.append((["all"] + [""] * 6, [sum(column) for column in zip(*(seconds for _, seconds in sides))]))
+    lines = [cells + [f"{time / 60:.1f}" for time in seconds] for cells, seconds in sides]
+    text = table(["sweep", "side", "runs", "trainable", "steps", "tokens", "held-out loss", "training min", "other rates min", "scoring min"], lines)
     text += "".join(f"\n\n{name}: first seed, by learning rate, * taken\n{rates_table(sweep)}"
                     for name, sweep in sweeps.items() if sweep["held_out_losses"])
     return text + "".join(f"\n\n{name}: against its baselines\n{variations_table(folder / name, sweep)}"

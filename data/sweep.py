@@ -2,7 +2,7 @@
 
 OUT/sweep.json                 settings, hashes of them and of each run's, trainable parameters, what --lrs found
 OUT/base                       the bare backbone's scores
-OUT/lr-RATE/SIDE               --lrs: the first seed at each rate, trained and not scored
+OUT/lr-RATE/SIDE               --lrs: the first seed at each rate, trained and not scored; that of the rate taken is copied to its seed-N
 OUT/seed-N/SIDE                ordinary run folders with scores in eval-adapted; SIDE is baseline, candidate and, where asked for, control
                                and mixer=mlp, ... of --vary
 OUT/comparison.json, .png      candidate against baseline; comparison-control.json, .png: against the control
@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -245,6 +246,17 @@ def choose_rates(sides: dict[str, Settings], rates: Sequence[float], out: Path, 
     return losses
 
 
+def take_over(found: Path, run: Path) -> None:
+    """The first seed's run at the rate that was taken is trained already: its folder is copied, whole or not at all, unless one is there.
+    Its settings.json and metrics.jsonl go on naming the folder that it was trained in."""
+    if trained(found) and not run.exists():
+        tmp = found.with_name(f".{found.name}.tmp")
+        shutil.rmtree(tmp, ignore_errors=True)
+        shutil.copytree(found, tmp)
+        run.parent.mkdir(exist_ok=True)
+        tmp.rename(run)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The sweep
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,6 +346,9 @@ def sweep(explicit: dict[str, Any]) -> None:
             ranks.from_first(lambda: check_runs(plan(), settings.overwrite))
             if ranks.first:
                 write_sweep(out, settings, sides, plan(), losses)
+                for side, wanted in sides.items():
+                    take_over(out / f"lr-{wanted.lr:g}" / side, out / f"seed-{seeds[0]}" / side)
+            ranks.wait()
         for run, wanted in plan().items():
             do_run(wanted, run, ranks, device)
             if ranks.first:

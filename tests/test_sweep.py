@@ -399,7 +399,9 @@ def test_code_tasks_without_permission_are_refused_before_training(tiny, tmp_pat
 def test_what_is_kept_compares_alike(varied, tmp_path, monkeypatch, capsys):
     """The same table from the kept folder, to the 1e-5 nats that are kept; nothing of this machine's paths in the project."""
     monkeypatch.setattr(evaluation, "draw_comparison", lambda result, file: False)
+    (varied / "variations.png").write_bytes(b"a picture")
     keep.main({"sweep": str(varied), "out": str(tmp_path / "kept")})
+    assert (tmp_path / "kept/variations.png").read_bytes() == b"a picture"
     tables = []
     for folder in (varied, tmp_path / "kept"):
         sides = [tuple(str(folder / f"seed-{seed}" / side) for seed in (0, 1)) for side in ("baseline", "scope=talan")]
@@ -433,12 +435,15 @@ def test_the_list_of_what_is_kept(varied, tmp_path, capsys):
     told = stored(tmp_path / "records/one/sweep.json")
     told["held_out_losses"] = {"baseline": {"0.001": 0.5, "0.01": None}}
     told["sides"]["baseline"]["lr"] = 0.001
+    assert set(told["grid_seconds"].values()) == {0}
+    told["grid_seconds"] |= {"baseline": 60, "candidate": 90}
     (tmp_path / "records/one/sweep.json").write_text(json.dumps(told))
     capsys.readouterr()
     keep.main({"out": str(tmp_path / "records")})
     text = capsys.readouterr().out
     lines = {line.split()[1]: line.split() for line in text.splitlines()[1:7]}
     assert list(lines) == ["baseline", "candidate", *VARIED] and lines["baseline"][:5] == ["one", "baseline", "2", "3,712", "3"]
+    assert [line[8] for line in lines.values()] == ["1.0", "1.5"] + ["0.0"] * 4 and text.splitlines()[7].split()[::2] == ["all", "2.5"]
     losses = [metrics(varied / f"seed-{seed}/mixer=mlp")[-1]["loss"] for seed in (0, 1)]
     assert float(lines["mixer=mlp"][6]) == pytest.approx(sum(losses) / 2, abs=1e-5)
     assert "one: first seed, by learning rate" in text and re.search(r"\nbaseline +0\.50000\* +inf\n", text)
@@ -488,7 +493,7 @@ def test_the_control_has_the_smallest_rank_with_as_many_parameters(tiny, changes
 
 def test_each_side_takes_the_rate_with_its_lowest_held_out_loss(go, tmp_path, capsys, monkeypatch):
     """On the first seed; test items are not read before all rates are chosen, but for the bare backbone's scores."""
-    events, score, choose = [], sweep.score, sweep.choose_rates
+    events, score, choose, trainings = [], sweep.score, sweep.choose_rates, count_trainings(monkeypatch)
     monkeypatch.setattr(sweep, "score", lambda settings: events.append(settings.out) or score(settings))
     monkeypatch.setattr(sweep, "choose_rates", lambda *given: (choose(*given), events.append("chosen"))[0])
     out = go(tmp_path / "out", seeds=("3", "0"), lrs=("1e-2", "1e-1", "1e-4"), paired_control="rank", steps=2)
@@ -503,6 +508,30 @@ def test_each_side_takes_the_rate_with_its_lowest_held_out_loss(go, tmp_path, ca
         assert {stored(out / f"lr-{rate}" / side / "settings.json")["seed"] for rate in losses} == {3}
         assert [stored(out / f"seed-{seed}" / side / "settings.json")["lr"] for seed in (3, 0)] == [float(best)] * 2
         test_train.assert_same_weights(out / "seed-3" / side, out / f"lr-{best}" / side, ["adapter_model.safetensors"])
+        keep.main({"sweep": str(out), "out": str(tmp_path / "kept")})
+        others = [(out / f"lr-{rate}" / side / "metrics.jsonl").read_text().splitlines() for rate in losses if rate != best]
+        seconds = sum(line["seconds"] for lines in others for line in map(json.loads, lines) if line["kind"] == "step")
+        assert stored(tmp_path / "kept/sweep.json")["grid_seconds"][side] == pytest.approx(seconds, abs=0.11) and seconds > 0
+    assert trainings[:9] == [f"lr-{rate}/{side}" for rate in ("0.0001", "0.01", "0.1") for side in SIDES]
+    assert trainings[9:] == [f"seed-0/{side}" for side in SIDES]  # those of seed 3 are there already
+
+
+def test_the_first_seed_takes_the_run_of_the_rate_and_keeps_its_own(tmp_path):
+    found, run = tmp_path / "lr-0.1/baseline", tmp_path / "seed-3/baseline"
+    sweep.take_over(found, run)
+    assert not run.exists()  # nothing to take
+    (found / "step-2").mkdir(parents=True)
+    (found / "train_state.json").write_text("{}")
+    sweep.take_over(found, run)
+    assert not run.exists()  # its training is not finished
+    (found / "step-2").rmdir()
+    (tmp_path / "lr-0.1/.baseline.tmp").mkdir()  # left by a copy that was killed
+    (tmp_path / "lr-0.1/.baseline.tmp/half").write_text("")
+    sweep.take_over(found, run)
+    assert {path.name: content for path, content in contents(run).items()} == {"train_state.json": b"{}"} and not list(tmp_path.glob("*/.*"))
+    (run / "train_state.json").write_text("its own")
+    sweep.take_over(found, run)
+    assert (run / "train_state.json").read_text() == "its own" and (found / "train_state.json").exists()
 
 
 def test_sides_with_different_rates_are_compared_and_it_is_said(go, tmp_path, monkeypatch, capsys):

@@ -60,9 +60,9 @@ MODEL_CONFIG: dict[str, Any] = {
 SIZES: dict[str, tuple[dict[str, object], int]] = {
     "1m": ({"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 5, "head_dim": 32}, 6_000),
     "2m": ({}, 12_500),
-    "4m": ({"hidden_size": 224, "intermediate_size": 576, "num_hidden_layers": 7, "num_attention_heads": 6}, 3_000),
+    "4m": ({"hidden_size": 224, "intermediate_size": 576, "num_hidden_layers": 7, "num_attention_heads": 6}, 2_000),
     "8m": ({"hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 9, "num_attention_heads": 6}, 3_000),
-    "llama": ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, 3_000),
+    "llama": ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, 2_000),
 }
 
 
