@@ -52,6 +52,15 @@ def test_every_kept_sweep_is_in_the_text():
     assert BLOCKS and sweeps and set(sweeps) == shown
 
 
+def test_the_headline_in_readme_is_in_the_tables():
+    """Each difference and its interval in README's answer stand in one line of a table here."""
+    answer, = re.findall(r"\*\*Is there a gain\?.*?\n\n", (ROOT / "README.md").read_text(), re.S)
+    found = re.findall(r"([+-]\d+\.\d+)\s(?:points|nats\s(?:per\stoken\s)?)\s?\(([+-]\d+\.\d+) to ([+-]\d+\.\d+)\)", answer)
+    assert len(found) == answer.count(" to +") + answer.count(" to -") >= 4
+    for difference, low, high in found:
+        assert re.search(rf" {re.escape(difference)} +{re.escape(low)} to {re.escape(high)} ", TEXT), (difference, low, high)
+
+
 def test_the_records_are_small_and_whole():
     files = [file for file in RECORDS.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 5_000_000
