@@ -177,8 +177,10 @@ def convert(name: str, sources: dict[str, Source], folder: Path | None) -> dict[
 def check_names(names: Sequence[str], known: Sequence[str]) -> None:
     """Raises ValueError that lists every name that is no data set to prepare."""
     near = {name: difflib.get_close_matches(name, [*known, "all"], 1) for name in names if name not in known}
-    wrong = [f"{name}: " + ("comes with the project, nothing to prepare" if name in TASKS else
-                            "no such data set" + "".join(f"; did you mean {match}?" for match in matches)) for name, matches in near.items()]
+    folders = {name: TASKS[name].file.partition("/")[0] for name in near if name in TASKS}
+    tasks = {name: f"is made with {folder}" if folder in known else "comes with the project, nothing to prepare" for name, folder in folders.items()}
+    wrong = [f"{name}: " + tasks.get(name, "no such data set" + "".join(f"; did you mean {match}?" for match in matches))
+             for name, matches in near.items()]
     if wrong:
         raise ValueError("\n  ".join([*wrong, f"names: {', '.join(known)}, or all"]))
 

@@ -94,7 +94,8 @@ def home(tmp_path, monkeypatch):
     home.mkdir()
     monkeypatch.setattr(p, "HERE", home)
     monkeypatch.setattr(p, "WAITS", (0, 0))
-    monkeypatch.setattr(p, "TASKS", {name: SimpleNamespace(convert=to_rows) for name in ("toy", "other")} | {"math": SimpleNamespace(convert=None)})
+    tasks = {name: SimpleNamespace(convert=to_rows) for name in ("toy", "other")}
+    monkeypatch.setattr(p, "TASKS", tasks | {"math": SimpleNamespace(convert=None, file="tiny/test/math.jsonl")})
     return home
 
 
@@ -384,7 +385,8 @@ def script(tmp_path):
         "import json\nfrom types import SimpleNamespace as N\n"
         "def convert(files):\n    return {k: [{'id': r['q'], 'prompt': r['q'], 'completion': r['a'], 'answer': r['a']}"
         " for r in map(json.loads, b.decode().splitlines())] for k, b in files.items()}\n"
-        "TASKS = {'toy': N(convert=convert), 'toy_two': N(convert=convert), 'math': N(convert=None)}\n", encoding="utf-8")
+        "TASKS = {'toy': N(convert=convert), 'toy_two': N(convert=convert), 'math': N(convert=None, file='tiny/test/math.jsonl')}\n",
+        encoding="utf-8")
     pinned(home, toy={"test": pin(RAW)}, toy_two={"test": pin(RAW, local="toy_two.jsonl")})
 
     def command(*arguments, start=(str(home / "prepare.py"),), **options):
@@ -458,3 +460,8 @@ def test_every_data_set_is_a_task_with_a_converter():
     assert {name for name, task in p.TASKS.items() if task.convert} == set(SOURCES)
     files = [source["local"] for files in SOURCES.values() for source in files.values()]
     assert len(files) == len(set(files))
+
+
+def test_a_task_of_another_data_set_names_it():
+    with pytest.raises(ValueError, match="^mbpp_plus: is made with mbpp\n  math: comes with the project, nothing to prepare\n"):
+        p.check_names(["mbpp_plus", "math"], ["gsm8k", "mbpp"])

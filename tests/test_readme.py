@@ -30,7 +30,9 @@ def test_every_flag_named_is_one():
     """A flag in backticks or in a command line is a field of some settings, or of torchrun."""
     import eval as evaluation
     import train
+    from data import keep
 
-    known = {"--" + name.replace("_", "-") for kind in (train.Settings, *evaluation.COMMANDS.values()) for name in kind.__dataclass_fields__}
+    kinds = (train.Settings, keep.Settings, *evaluation.COMMANDS.values())
+    known = {"--" + name.replace("_", "-") for kind in kinds for name in kind.__dataclass_fields__}
     known |= {"--nproc-per-node", "--parts", "--rounds", "--no-talan", "--verify", "--drop-side-path", "--source"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - known <= {"--out", "--help"}

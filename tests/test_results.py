@@ -53,12 +53,16 @@ def test_every_kept_sweep_is_in_the_text():
 
 
 def test_the_headline_in_readme_is_in_the_tables():
-    """Each difference and its interval in README's answer stand in one line of a table here."""
-    answer, = re.findall(r"\*\*Is there a gain\?.*?\n\n", (ROOT / "README.md").read_text(), re.S)
-    found = re.findall(r"([+-]\d+\.\d+)\s(?:points|nats\s(?:per\stoken\s)?)\s?\(([+-]\d+\.\d+) to ([+-]\d+\.\d+)\)", answer)
-    assert len(found) == answer.count(" to +") + answer.count(" to -") >= 4
-    for difference, low, high in found:
-        assert re.search(rf" {re.escape(difference)} +{re.escape(low)} to {re.escape(high)} ", TEXT), (difference, low, high)
+    """Each line of README's answer stands in one comparison here: both mean differences with their intervals, and how many cells are ahead."""
+    answer, = re.findall(r"\*\*Is there a gain\?.*?\n\nTrain and score", (ROOT / "README.md").read_text(), re.S)
+    rows = [line for line in answer.splitlines() if re.search(r"\| [+-]\d", line)]
+    assert len(rows) >= 5 and len(re.findall(r"[+-]\d+\.\d", answer)) == 6 * len(rows)  # and no difference outside the table
+    for row in rows:
+        (points, points_in), (nats, nats_in) = re.findall(r"([+-]\d+\.\d+) \((.*?)\)", row)
+        ahead = " in per cent, ".join(re.findall(r"\d+ of \d+", row))
+        lines = [rf"^mean of tasks .* {re.escape(points)} +{re.escape(points_in)} ", rf"^mean of tasks .* {re.escape(nats)} +{re.escape(nats_in)} ",
+                 rf"^differences of at least 0: {ahead} in log-likelihood$"]
+        assert any(all(re.search(line, printed, re.M) for line in lines) for _, printed in BLOCKS), row
 
 
 def test_the_records_are_small_and_whole():
