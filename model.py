@@ -155,10 +155,11 @@ def head_problems(raw: dict[str, Any]) -> list[str]:
         problems.append(f"num_key_value_heads: expected a divisor of num_attention_heads={heads}, found {groups}")
     if not raw.get("head_dim") and raw["model_type"] == "llama" and raw["hidden_size"] % heads:
         problems.append(f"head_dim: absent, and hidden_size={raw['hidden_size']} is no multiple of {heads} heads")
-    if (raw.get("head_dim") or 2) % 2:
-        problems.append(f"head_dim: expected an even number, found {raw['head_dim']}")
-    if heads * (raw.get("head_dim") or 128) > LIMIT:
-        problems.append(f"head_dim: expected at most {LIMIT} in all {heads} heads together, found {raw.get('head_dim') or 128} in each")
+    size = raw.get("head_dim") or (raw["hidden_size"] // heads if raw["model_type"] == "llama" else 128)
+    if size % 2:
+        problems.append(f"head_dim: expected an even number, found {size}")
+    if heads * size > LIMIT:
+        problems.append(f"head_dim: expected at most {LIMIT} in all {heads} heads together, found {size} in each")
     return problems
 
 
@@ -352,7 +353,7 @@ class Block(nn.Module):
         if self.side_path is None or self.side_site != site:
             return h
         h, state = self.side_path(h, ctx.cache and ctx.cache.side.get(self.layer), ctx.lengths)
-        if ctx.cache is not None:
+        if ctx.cache is not None and state is not None:  # None: of what stands in a side path's place
             ctx.cache.side[self.layer] = state
         return h
 
@@ -431,6 +432,12 @@ class Transformer(nn.Module):
         """The output matrix (V,D): the token embedding itself when tied."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Transformer:
+        """Whatever casts the weights, as .bfloat16() does, leaves the rotary frequencies in float32."""
+        super()._apply(fn, recurse)
+        self.inverse_frequencies = inverse_frequencies(self.config).to(self.inverse_frequencies.device)
+        return self
+
     def forward(self, tokens: Tensor, cache: Cache | None = None, lengths: Tensor | None = None) -> Tensor:
         """Final normed hidden states (B,T,D) of tokens (B,T); with a cache, the rows go on from what it holds.
 
@@ -446,8 +453,8 @@ class Transformer(nn.Module):
         except IndexError:  # on a CPU; a GPU's own assertion is fatal, and a check here would have to wait for it at each call
             raise ValueError(f"expected token ids from 0 to {self.config.vocab_size - 1}, found {tokens.min()} to {tokens.max()}") from None
         for block in self.model.layers:
-            recompute = self.checkpointing and torch.is_grad_enabled()  # use_reentrant=False: h needs no gradient of its own
-            h = checkpoint(block, h, ctx, use_reentrant=False) if recompute else block(h, ctx)
+            recompute = self.checkpointing and cache is None and torch.is_grad_enabled()  # a second pass would read what the first left in a cache
+            h = checkpoint(block, h, ctx, use_reentrant=False) if recompute else block(h, ctx)  # False: h needs no gradient of its own
         if cache is not None:
             cache.advance(tokens.shape[1], lengths)
         return self.model.norm(h)
@@ -460,12 +467,14 @@ class Transformer(nn.Module):
             if len(cache.lengths) != B or int(cache.lengths.max()) + T > cache.capacity:
                 raise ValueError(f"cache of {len(cache.lengths)} rows x {cache.capacity} positions, of which "
                                  f"{int(cache.lengths.max())} are taken: cannot add {B} rows x {T} tokens")
+            if lengths is not None and lengths.device.type == "cpu" and not (0 <= int(lengths.min()) and int(lengths.max()) <= T):
+                raise ValueError(f"lengths: expected 0 to {T} real tokens a row, found {lengths.tolist()}")  # on a GPU the check would wait for it
             positions = cache.lengths[:, None] + positions  # (B,T)
             if int(cache.lengths.max()) > 0:
                 mask = torch.arange(int(positions.max()) + 1) <= positions[:, None, :, None]  # (B,1,T,S)
                 mask = mask.to(tokens.device, non_blocking=True)
         positions = positions.to(tokens.device, non_blocking=True)
-        angle = positions[:, None, :, None].float() * self.inverse_frequencies.float()  # (B,1,T,Dh/2)
+        angle = positions[:, None, :, None].float() * self.inverse_frequencies  # (B,1,T,Dh/2)
         return Context(angle.cos(), angle.sin(), mask, positions, cache, lengths)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -558,7 +567,7 @@ def load_model(path: str | Path, device: Any = "cpu", dtype: torch.dtype | str |
     """The checkpoint in `path` (folder or hub id) as a Transformer in eval mode.
 
     dtype None keeps the file's. On the CPU and without a change of dtype the weights are the memory-mapped file itself.
-    Raises ValueError that lists every tensor which is missing, unexpected, of the wrong shape or of an unknown dtype.
+    Raises ValueError on another dtype, and one that lists every tensor which is missing, unexpected, of the wrong shape or of an unknown dtype.
     """
     folder = resolve_folder(path)
     config = ModelConfig.from_dir(folder)
@@ -566,9 +575,12 @@ def load_model(path: str | Path, device: Any = "cpu", dtype: torch.dtype | str |
         model = Transformer(config)
     files = tensor_files(folder)
     check_tensors(model, files, folder)
+    asked = dtype
     if dtype is None:
         dtype = DTYPES[tensor_info(files["model.embed_tokens.weight"])["model.embed_tokens.weight"][1]]
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype not in (*DTYPES.values(), torch.float64):
+        raise ValueError(f"dtype: expected float32, bfloat16, float16 or float64, found {asked!r}")
     weights = {name: read_tensor(files[name], name).to(device, dtype) for name, _ in model.named_parameters()}
     model.load_state_dict(weights, strict=True, assign=True)
     model.inverse_frequencies = model.inverse_frequencies.to(device)
@@ -722,6 +734,7 @@ class Tokenizer:
     template: jinja2.Template
     eos_ids: tuple[int, ...]  # every id that ends a turn, sorted
     specials: dict[str, str] = field(default_factory=dict)  # bos_token, eos_token, ... as the template sees them
+    begin: tuple[int, ...] = ()  # what goes before a text without a template
 
     def encode(self, text: str) -> list[int]:
         """Token ids of rendered text. Nothing is added: a template writes its own BOS."""
@@ -759,6 +772,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(f"{folder / 'tokenizer.json'}: expected a readable tokenizer: {error}") from None
     core.no_padding()
     core.no_truncation()
+    begin = begin_ids(core)
     core.post_processor = tokenizers.processors.Sequence([])  # adds no BOS and leaves character offsets exact
     settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
     check_vocabulary(core, settings, folder)
@@ -767,7 +781,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(f"{folder / 'tokenizer_config.json'}: expected tokens in text, found {', '.join(wrong)}")
     specials = {name: token for name, token in named.items() if isinstance(token, str)}
     eos_ids = stop_ids(core, specials, folder)
-    return Tokenizer(core, compile_template(template_source(settings, folder)), eos_ids, specials)
+    return Tokenizer(core, compile_template(template_source(settings, folder)), eos_ids, specials, begin)
+
+
+def begin_ids(core: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """What the tokenizer's own post-processor puts before a text: the BOS of Llama, nothing for Qwen."""
+    with contextlib.suppress(Exception):  # the library raises plain Exception, where it has no token for the letter
+        found = core.encode("a")
+        if 0 in found.special_tokens_mask:
+            return tuple(found.ids[:found.special_tokens_mask.index(0)])
+    return ()
 
 
 def check_vocabulary(core: tokenizers.Tokenizer, settings: dict[str, Any], folder: Path) -> None:
@@ -833,7 +856,8 @@ def choose(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> Tenso
     """Next ids (B,) from logits (B,V): arg max at temperature 0, else the u-quantile (B,) of the top-p distribution."""
     if temperature == 0:
         return logits.argmax(-1)
-    p, order = (logits.double() / temperature).softmax(-1).sort(dim=-1, descending=True)  # (B,V)
+    logits = logits.double() - logits.max(-1, keepdim=True).values  # so that no temperature makes it infinite
+    p, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)  # (B,V)
     before = p.cumsum(-1) - p  # probability of everything likelier
     p = p.masked_fill(before >= top_p, 0)  # the likeliest token always stays: nothing comes before it
     total = p.cumsum(-1)
@@ -848,13 +872,13 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_token
     """Continue each prompt until an id of eos_ids (kept as the last id), `ended(ids so far)` or max_new_tokens; in the prompts' order.
 
     `batch_rows` rows run at once and a finished row takes the next prompt; prompts are read up to `prefill_tokens` at a time,
-    padding included. Prompt i's n-th draw depends on (seed, i, n) only, so the batch does not change what is sampled; `numbers` are the
-    i where the prompts are some of many.
-    Raises ValueError on bad prompts or settings.
+    padding included. Prompt i's n-th draw depends on (seed, i, n) only, not on the batch; `numbers` are the i where the prompts are
+    some of many. Raises ValueError on bad prompts or settings.
     """
-    check_generate(model, prompts, max_new_tokens, temperature, top_p, batch_rows)
+    check_generate(model, prompts, max_new_tokens, temperature, top_p, batch_rows, numbers)
     device, stop = model.head_weight.device, set(eos_ids)
-    draws = [torch.rand(max_new_tokens, dtype=torch.float64, generator=generator(seed, i)) for i in numbers or range(len(prompts))]
+    numbers = range(len(prompts)) if numbers is None else numbers
+    draws = [torch.rand(max_new_tokens, dtype=torch.float64, generator=generator(seed, int(i))) for i in numbers]
     out: list[list[int]] = [[] for _ in prompts]
     queue = sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if max_new_tokens else []  # the longest first, from the end
     rows: list[Any] = [None] * min(batch_rows, len(queue))  # which prompt each row works on; None: idle
@@ -877,39 +901,44 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_token
                 bar.update()
         bar.set_postfix(tokens=sum(map(len, out)), refresh=False)
 
-    while queue or any(i is not None for i in rows):
-        while queue and None in rows:  # prefill free rows; one that ends at its first token is free again
-            free = [b for b, i in enumerate(rows) if i is None][:min(len(queue), max(1, prefill_tokens // len(prompts[queue[-1]])))]
-            for b in free:
-                rows[b] = queue.pop()
-            tokens, lengths = pad_rows([prompts[rows[b]] for b in free], device)
-            part = Cache(model.config, len(free), tokens.shape[1], device, model.head_weight.dtype)
-            hidden = model(tokens, part, lengths)
-            cache.put(free, part)
-            take(hidden[torch.arange(len(free)), lengths - 1], free)
-        live = [b for b, i in enumerate(rows) if i is not None]
-        if live and 2 * len(live) <= len(rows):  # nothing left to refill with: drop the idle rows
-            cache.keep(live)
-            rows, last = [rows[b] for b in live], last[live]
-            live = list(range(len(live)))
-        if live:
-            step = torch.tensor([int(i is not None) for i in rows])  # an idle row does not advance
-            hidden = model(last.to(device), cache, step)
-            take(hidden[live, 0], live)
-    bar.close()
-    model.train(training)
+    try:
+        while queue or any(i is not None for i in rows):
+            while queue and None in rows:  # prefill free rows; one that ends at its first token is free again
+                free = [b for b, i in enumerate(rows) if i is None][:min(len(queue), max(1, prefill_tokens // len(prompts[queue[-1]])))]
+                for b in free:
+                    rows[b] = queue.pop()
+                tokens, lengths = pad_rows([prompts[rows[b]] for b in free], device)
+                part = Cache(model.config, len(free), tokens.shape[1], device, model.head_weight.dtype)
+                hidden = model(tokens, part, lengths)
+                cache.put(free, part)
+                take(hidden[torch.arange(len(free)), lengths - 1], free)
+            live = [b for b, i in enumerate(rows) if i is not None]
+            if live and 2 * len(live) <= len(rows):  # nothing left to refill with: drop the idle rows
+                cache.keep(live)
+                rows, last = [rows[b] for b in live], last[live]
+                live = list(range(len(live)))
+            if live:
+                step = torch.tensor([int(i is not None) for i in rows])  # an idle row does not advance
+                hidden = model(last.to(device), cache, step)
+                take(hidden[live, 0], live)
+    finally:
+        bar.close()
+        model.train(training)
     return out
 
 
 def check_generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float,
-                   batch_rows: int) -> None:
+                   batch_rows: int, numbers: Sequence[int] | None) -> None:
     """Raise ValueError that lists every prompt or setting that `generate` cannot use."""
     V = model.config.vocab_size
     wrong = [f"prompt {i}: expected at least one token id" for i, p in enumerate(prompts) if len(p) == 0]
+    wrong += [f"prompt {i}: token ids must be whole numbers" for i, p in enumerate(prompts) if torch.as_tensor(p).is_floating_point() and len(p)]
     wrong += [f"prompt {i}: token ids must be from 0 to {V - 1}, found {min(p)} to {max(p)}"
               for i, p in enumerate(prompts) if len(p) and not (0 <= min(p) and max(p) < V)]
-    if not 0 <= max_new_tokens <= LIMIT or batch_rows < 1:
-        wrong.append(f"expected max_new_tokens from 0 to {LIMIT} and batch_rows >= 1, found {max_new_tokens} and {batch_rows}")
+    if type(max_new_tokens) is not int or type(batch_rows) is not int or not 0 <= max_new_tokens <= LIMIT or batch_rows < 1:
+        wrong.append(f"expected max_new_tokens, a whole number from 0 to {LIMIT}, and batch_rows >= 1, found {max_new_tokens!r} and {batch_rows!r}")
+    if numbers is not None and len(numbers) != len(prompts):
+        wrong.append(f"expected a number for each of {len(prompts)} prompts, found {len(numbers)}")
     if not (0 <= temperature < math.inf and 0 < top_p <= 1):
         wrong.append(f"expected temperature >= 0 and 0 < top_p <= 1, found {temperature} and {top_p}")
     if wrong:

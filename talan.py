@@ -191,7 +191,7 @@ class RowGain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         y, rest = ctx.saved_tensors
-        return torch.addcmul(dy, dy, rest), (dy * y).flatten(0, -2).sum(0).float()
+        return torch.addcmul(dy, dy, rest), (dy * y).reshape(-1, y.shape[-1]).sum(0).float()
 
 
 class AdapterLinear(nn.Module):
@@ -292,16 +292,16 @@ class ScaleGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.g, None
+        return grad * ctx.g if ctx.g else torch.zeros_like(grad), None  # infinity x 0 would be NaN
 
 
 def scale_grad(x: Tensor, g: float) -> Tensor:
-    """x, with its gradient multiplied by g; 0 detaches.
+    """x, with its gradient multiplied by g; at 0 it is zero.
 
     Under Adam a constant factor on a parameter's gradient cancels in m / sqrt(v), save through global-norm clipping and
     eps. For a visible change of pace use the side path's learning-rate multiplier (`talan_lr_scale` in train.py).
     """
-    return x if g == 1 else x.detach() if g == 0 else ScaleGrad.apply(x, g)
+    return x if g == 1 else ScaleGrad.apply(x, g)
 
 
 class SidePath(nn.Module):
@@ -493,8 +493,8 @@ def check_attach(model: Transformer, adapter: AdapterConfig, talan: TalanConfig 
     needs = {"joint": adapter.kind != "none" or talan, "adapter": adapter.kind != "none", "talan": talan, "writeback": talan}
     if not needs.get(scope, True):
         problems.append(f"scope {scope!r} with adapter {adapter.kind!r} and {'a' if talan else 'no'} side path: its part to train is absent")
-    if scope == "talan" and talan and talan.grad_scale == 0:
-        problems.append("scope 'talan' with grad_scale 0: nothing would learn")
+    if talan and talan.grad_scale == 0 and (scope == "talan" or adapter.kind == "none" and scope in ("joint", "writeback")):
+        problems.append(f"scope {scope!r} with adapter {adapter.kind!r} and grad_scale 0: nothing would learn")
     for name, parent, key in adapted(model, adapter):
         if adapter.rank > min(getattr(parent, key).weight.shape):
             problems.append(f"rank {adapter.rank} is larger than {name} {tuple(getattr(parent, key).weight.shape)}")
@@ -619,15 +619,15 @@ def peft_config(config: AdapterConfig, base: str) -> dict[str, Any]:
 
 def checkpoint_folder(folder: str | Path) -> Path:
     """The folder itself, or, while a run is unfinished, the newest complete `step-*` folder in it."""
-    steps = sorted(Path(folder).glob("step-[0-9]*"), key=lambda p: int(p.name[5:]) if p.name[5:].isdigit() else -1)
-    return steps[-1] if steps else Path(folder)
+    steps = [p for p in Path(folder).glob("step-[0-9]*") if p.name[5:].isdigit() and p.is_dir()]
+    return max(steps, key=lambda p: int(p.name[5:]), default=Path(folder))
 
 
 def load_adapter(model: Transformer, folder: str | Path, scope: str = "joint") -> list[nn.Parameter]:
     """Attach what `folder` holds (ours or PEFT's) to a bare model; returns the trainable parameters.
 
     Raises ValueError, with the model untouched, that lists every tensor missing, unexpected, of a wrong shape or not finite, every
-    setting that is not supported, and a backbone (config + tokenizer) other than the one it was trained on.
+    setting that is not supported, and a backbone other than the one it was trained on, by config and tokenizer: weights are not compared.
     """
     folder = checkpoint_folder(folder)
     present = [part for part, names in FILES.items() if any((folder / name).exists() for name in names)]

@@ -325,6 +325,11 @@ def test_wrong_shapes_raise(cached):
                             (torch.zeros(2, 3, dtype=torch.int64), torch.tensor([1, 2, 3]))):
         with pytest.raises(ValueError, match=re.escape("tokens (B,T) and lengths (B,)")):
             cached(tokens, Cache(cached.config, 2, 9), lengths)
+    for lengths in ([4, 1], [3, -1]):
+        cache = Cache(cached.config, 2, 9)
+        with pytest.raises(ValueError, match=f"expected 0 to 3 real tokens a row, found {re.escape(str(lengths))}"):
+            cached(torch.zeros(2, 3, dtype=torch.int64), cache, torch.tensor(lengths))
+        assert cache.lengths.tolist() == [0, 0]
 
 
 class Shift(torch.nn.Module):
@@ -366,14 +371,16 @@ def test_generation_with_a_side_path_equals_the_uncached_loop(cached, rows):
     assert generate(cached, prompts, 7, eos_ids=eos, batch_rows=rows) == stopped
 
 
+@pytest.mark.parametrize("with_cache", [False, True])
 @pytest.mark.parametrize("side", SIDES)
-def test_checkpointing_changes_no_gradient(side, tiny_checkpoint):
-    """Recomputing over a frozen backbone needs use_reentrant=False: else no gradient arrives at all."""
+def test_checkpointing_changes_no_gradient(side, with_cache, tiny_checkpoint):
+    """Recomputing over a frozen backbone needs use_reentrant=False: else no gradient arrives at all. A cache's state would be read twice."""
     model, tokens = perturbed(tiny_checkpoint(), **SIDES[side]), torch.tensor(ragged(2, 9, 9))
+    cache = (lambda: Cache(model.config, 2, 9)) if with_cache else None
     grads = []
     for model.checkpointing in (False, True):
         model.zero_grad()
-        model.logits(model(tokens)).logsumexp(-1).sum().backward()
+        model.logits(model(tokens, cache() if cache else None)).logsumexp(-1).sum().backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert all(plain is not None and plain.abs().max() > 0 and torch.allclose(plain, grads[1][name], rtol=1e-5, atol=1e-6)
                for name, plain in grads[0].items())
@@ -493,6 +500,12 @@ def test_rotary_buffers_of_old_checkpoints_are_accepted(tiny_checkpoint, tmp_pat
     folder = with_tensors(tiny_checkpoint(), tmp_path, lambda t: t.update(buffers))
     row = ragged(1)[0]
     assert torch.equal(alone(load_model(folder), row), alone(load_model(tiny_checkpoint()), row))
+
+
+@pytest.mark.parametrize("dtype", ["float31", "auto", "nn", torch.int8, "int8"])
+def test_other_dtypes_are_refused(dtype, tiny_checkpoint):
+    with pytest.raises(ValueError, match="dtype: expected float32, bfloat16, float16 or float64, found"):
+        load_model(tiny_checkpoint(), dtype=dtype)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
@@ -656,6 +669,9 @@ def test_all_bad_config_fields_are_named_at_once(tmp_path):
 def test_llama_hidden_size_must_divide_when_head_dim_is_absent():
     with pytest.raises(ValueError, match="head_dim.*hidden_size=50"):
         ModelConfig.from_dict(changed(LLAMA, hidden_size=50, head_dim=ABSENT))
+    heads = LLAMA["num_attention_heads"]
+    with pytest.raises(ValueError, match="head_dim: expected an even number, found 5"):
+        ModelConfig.from_dict(changed(LLAMA, hidden_size=5 * heads, head_dim=ABSENT))
 
 
 EXTRAS = [dict(unsloth_fixed=True), dict(auto_map={"AutoConfig": "x.Y"}), dict(max_window_layers=28), dict(architectures=["Qwen3ForCausalLM"]),
@@ -850,6 +866,13 @@ def test_no_double_bos(tmp_path):
     assert tokenizer.encode(text) == [1, 7, 11, 4, 2]
     assert tokenizer.decode([1, 7, 11, 4, 2], skip_special=True) == "user : hello"
     assert tokenizer.core.encode(text).offsets == [(0, 5), (5, 9), (10, 11), (12, 17), (18, 23)]
+    assert tokenizer.begin == (1,)  # for text without a template
+
+
+@pytest.mark.parametrize("name, begin", [("llama3", "<|begin_of_text|>"), ("qwen3", ""), ("chatml", "")])
+def test_what_goes_before_plain_text(name, begin):
+    tokenizer = load_tokenizer(ROOT / "tests/golden/tokenizers" / name)
+    assert list(tokenizer.begin) == tokenizer.encode(begin) and len(tokenizer.begin) == bool(begin)
 
 
 @pytest.mark.parametrize("template", [LLAMA_LIKE, "{{ strftime_now('%d %b %Y') }}", "{{ date_string }}"])
@@ -1055,3 +1078,36 @@ def test_freed_memory_is_kept_where_malloc_can(monkeypatch):
     monkeypatch.setattr("model.platform.libc_ver", lambda: ("", ""))
     keep_freed_memory()
     assert len(called) in (0, 2)
+
+
+@pytest.mark.parametrize("prompts, tokens, settings, said", [
+    ([[1.7, 2.2]], 3, {}, "prompt 0: token ids must be whole numbers"), ([[1]], 2.0, {}, "max_new_tokens, a whole number"),
+    ([[1]], 2, {"batch_rows": 2.0}, "batch_rows >= 1, found 2 and 2.0"),
+    ([[1], [2]], 2, {"numbers": [0]}, "a number for each of 2 prompts, found 1")])
+def test_generate_refuses(prompts, tokens, settings, said, tiny_checkpoint):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        generate(load_model(tiny_checkpoint()), prompts, tokens, **settings)
+
+
+def test_generation_at_the_smallest_temperature_is_greedy(tiny_checkpoint):
+    model, prompts = load_model(tiny_checkpoint()), ragged(5)
+    assert generate(model, prompts, 6, temperature=5e-324, seed=3) == generate(model, prompts, 6)
+
+
+def test_numbers_may_be_an_array(tiny_checkpoint):
+    model, prompts = load_model(tiny_checkpoint()), ragged(4)
+    whole = generate(model, prompts, 6, temperature=1.0, seed=3)
+    assert generate(model, prompts[2:], 6, temperature=1.0, seed=3, numbers=torch.tensor([2, 3])) == whole[2:]
+
+
+def test_generation_that_fails_leaves_the_mode_as_it_was(tiny_checkpoint):
+    model = load_model(tiny_checkpoint()).train()
+    with pytest.raises(ZeroDivisionError):
+        generate(model, [[1]], 3, ended=lambda ids: 1 / 0)
+    assert model.training
+
+
+def test_casting_the_weights_leaves_the_rotary_frequencies(tiny_checkpoint):
+    model = load_model(tiny_checkpoint())
+    before = model.inverse_frequencies.clone()
+    assert model.bfloat16().inverse_frequencies.dtype == torch.float32 and torch.equal(model.float().inverse_frequencies, before)

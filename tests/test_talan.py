@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import talan  # noqa: E402
-from model import Cache, load_model  # noqa: E402
+from model import Cache, generate, load_model  # noqa: E402
 from talan import AdapterConfig, AdapterLinear, TalanConfig, attach, load_adapter, merge_adapter, report, save_adapter, scale_grad  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -388,6 +388,7 @@ def test_scale_grad_is_the_identity_forward(g):
     assert torch.equal(x, y) and y.dtype == x.dtype
     (y.square().sum() + 0 * x.sum()).backward()
     torch.testing.assert_close(x.grad, g * 2 * x.detach())
+    assert torch.equal(torch.autograd.grad(scale_grad(x, g).sum(), x)[0], torch.full_like(x, g))
 
 
 def adam_run(folder, grad_scale, clip):
@@ -837,3 +838,43 @@ def test_kept_gains_change_nothing_and_are_let_go(model, monkeypatch):
     with pytest.raises(KeyError), talan.gains_kept(model):
         raise KeyError
     assert all(module.kept is None for module in model.modules() if isinstance(module, talan.AdapterLinear))
+
+
+# ------------------------------------------------------------------------------------------ edges
+@pytest.mark.parametrize("scope", ["joint", "writeback", "talan"])
+def test_nothing_to_learn_is_refused(model, scope):
+    with pytest.raises(ValueError, match=f"scope '{scope}' with adapter 'none' and grad_scale 0: nothing would learn"):
+        attach(model, None, side(grad_scale=0.0), scope)
+    assert attach(model, LORA, side(grad_scale=0.0))
+
+
+def test_what_only_looks_like_a_checkpoint_is_passed_over(model, tmp_path):
+    attach(model, LORA)
+    save_adapter(model, tmp_path)
+    (tmp_path / "step-1.log").write_text("x")
+    (tmp_path / "step-2x").mkdir()
+    (tmp_path / "step-3").write_text("x")
+    assert talan.checkpoint_folder(tmp_path) == tmp_path
+    for step in (4, 10):
+        (tmp_path / f"step-{step}").mkdir()
+    assert talan.checkpoint_folder(tmp_path) == tmp_path / "step-10"
+
+
+def test_a_single_vector_goes_through_dora(model):
+    attach(model, AdapterConfig("dora", 4, 8.0))
+    linear, x = stir(model).model.layers[0].self_attn.q_proj, torch.randn(model.config.hidden_size)
+    grads = []
+    for y in (linear(x), linear(x[None])[0]):
+        grads.append(torch.autograd.grad(y.square().sum(), linear.lora_magnitude_vector)[0])
+    torch.testing.assert_close(*grads)
+
+
+def test_generation_while_the_side_path_is_switched(model):
+    """What stands in its place has no state to keep."""
+    attach(model, LORA, side())
+    stir(model)
+    with talan.switched(model, True, lambda layer, path, h, lengths: h):
+        off = generate(model, TOKENS.tolist(), 4)
+    for block in model.model.layers:
+        block.side_path = None
+    assert off == generate(model, TOKENS.tolist(), 4)
