@@ -9,6 +9,7 @@ B rows, T tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 from data.settings import given, setting
 
 HERE = Path(__file__).resolve().parent
+RESCORED = ("rescore", "pass_at", "allow_code_execution", "seconds", "memory_mb", "workers")  # settings that --rescore goes by
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Settings:
     allow_code_execution: bool = setting(False, "run the programs that the model writes, in the sandbox of data/sandbox.py")
     seconds: float = setting(10.0, "time limit of one program; three times that with plus tests, which run the reference solution beside it")
     memory_mb: int = setting(4096, "memory limit of one program")
-    workers: int = setting(0, "programs run at once; 0: one a core")
+    workers: int = setting(0, "programs run at once in each process; 0: one a core, the cores shared by torchrun's processes")
     device: str = setting("auto", "auto, cpu, cuda, ...")
     dtype: str = setting("auto", "float32 or bfloat16; auto: bfloat16 on a GPU")
     check_references: bool = setting(False, "judge the reference solutions instead of a model's answers: what a perfect model would score")
@@ -59,13 +61,13 @@ class Settings:
             wrong.append(f"format: expected chat or plain, found {self.format!r}")
         if self.samples > 1 and not self.temperature > 0:
             wrong.append(f"samples: {self.samples} greedy answers would be the same one; expected --temperature above 0")
-        if not self.seconds > 0:
-            wrong.append(f"seconds: expected more than 0, found {self.seconds}")
+        if not 0 < self.seconds < 1e6:
+            wrong.append(f"seconds: expected more than 0, less than a million, found {self.seconds}")
         try:
             ks = [int(k) for k in self.pass_at]
         except ValueError:
             ks = [0]
-        if not all(1 <= k <= self.samples for k in ks):
+        if not all(1 <= k <= (math.inf if self.rescore else self.samples) for k in ks):
             wrong.append(f"pass_at: expected whole numbers from 1 to --samples {self.samples}, found {', '.join(map(str, self.pass_at))}")
         if wrong:
             raise ValueError("settings: " + "\n  ".join(wrong))
@@ -165,9 +167,9 @@ import difflib
 import functools
 import hashlib
 import json
-import math
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -383,12 +385,10 @@ def compare_table(base: dict[str, Record], adapted: dict[str, Record]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def score(settings: Settings) -> dict[str, Record]:
-    """Score every item, shared by torchrun's processes; writes records.jsonl and results.json, prints the table, returns the summaries.
-
-    Raises ValueError.
-    """
+    """Score every item, shared by torchrun's processes; writes records.jsonl and results.json, prints and returns the summaries.
+    Raises ValueError."""
     from data.ranks import open_ranks
-    from model import choose_device, choose_dtype, header, keep_freed_memory, load_model, load_tokenizer
+    from model import atomic, choose_device, choose_dtype, keep_freed_memory, load_model, load_tokenizer
     from talan import gains_kept, load_adapter
 
     tasks = find_tasks(settings.tasks)
@@ -406,8 +406,7 @@ def score(settings: Settings) -> dict[str, Record]:
                            for item in items[task.name]] for task in tasks}
     hashes = {task.name: {"data_sha256": sha256(task.path.read_bytes()),
                           "prompt_sha256": sha256("\0".join(p.text for p in prompts[task.name]).encode())} for task in tasks}
-    about = {**header(asdict(settings), device), "backbone": backbone, "fingerprint": model.fingerprint, "run_seed": run_seed(settings.adapter),
-             "adapter_sha256": adapter_sha256(settings.adapter), "dtype": str(model.head_weight.dtype).removeprefix("torch.")}
+    about = {**ranks.from_first(lambda: describe_run(settings, model, device)), "backbone": backbone, "world": ranks.world}
     records: list[Record] = []
     summaries, speed = {}, {}
     for task in tasks:
@@ -421,12 +420,14 @@ def score(settings: Settings) -> dict[str, Record]:
                                    settings)
             done, seconds = [record for each in ranks.join(answers) for record in each], time.perf_counter() - began
             if ranks.first:
-                write_part(part, key, done, seconds)
+                write_lines(part, [{"key": key, "seconds": seconds}, *done])
         records, speed[task.name] = records + done, measure(done, seconds)
-        summaries[task.name] = {**summary(done, pass_ks(settings)), **hashes[task.name]}
+        summaries[task.name] = {**summary(done, pass_ks(settings, settings.samples)), **hashes[task.name]}
     total = measure(records, sum(each["seconds"] for each in speed.values()))
     if ranks.first:
-        write_results(out, records, {**about, "tasks": summaries, "speed": speed, **total})
+        write_lines(out / "records.jsonl", records)
+        with atomic(out / "results.json") as tmp:
+            tmp.write_text(json.dumps({**about, "tasks": summaries, "speed": speed, **total}, indent=2) + "\n")
         for task in tasks:
             (out / f".{task.name}.part").unlink(missing_ok=True)
         print(f"{backbone}{' + ' + settings.adapter if settings.adapter else ''}: {len(records)} answers in {total['seconds']:.1f} s "
@@ -444,24 +445,16 @@ def load_part(part: Path, key: str) -> tuple[list[Record], float]:
     """(records, seconds) of a task that an interrupted run of the same command finished; ([], 0) where there are none."""
     if not part.exists():
         return [], 0.0
-    with contextlib.suppress(ValueError, LookupError, TypeError):  # something else than write_part's
+    with contextlib.suppress(ValueError, LookupError, TypeError):  # something else than `score` writes
         stored, *records = [json.loads(line) for line in part.read_text(encoding="utf-8").split("\n")[:-1]]
         if stored["key"] == key:
             return records, stored["seconds"]
     return [], 0.0
 
 
-def write_part(part: Path, key: str, records: Sequence[Record], seconds: float) -> None:
-    """Keep a finished task until all are."""
-    from model import atomic
-
-    with atomic(part) as tmp:
-        tmp.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ({"key": key, "seconds": seconds}, *records)), encoding="utf-8")
-
-
-def pass_ks(settings: Settings) -> list[int]:
+def pass_ks(settings: Settings, samples: int) -> list[int]:
     """The k of pass@k."""
-    return [int(k) for k in settings.pass_at] or ([1, settings.samples] if settings.samples > 1 else [])
+    return [int(k) for k in settings.pass_at] or ([1, samples] if samples > 1 else [])
 
 
 def measure(records: Sequence[Record], seconds: float) -> Record:
@@ -469,14 +462,12 @@ def measure(records: Sequence[Record], seconds: float) -> Record:
     return {"seconds": round(seconds, 2), "tokens_per_second": round(sum(r["tokens"] for r in records) / max(seconds, 1e-9))}
 
 
-def write_results(out: Path, records: Sequence[Record], results: Record) -> None:
-    """records.jsonl and results.json, each complete or as it was."""
+def write_lines(file: Path, rows: Iterable[Record]) -> None:
+    """JSONL, complete or as it was."""
     from model import atomic
 
-    with atomic(out / "records.jsonl") as tmp:
-        tmp.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-    with atomic(out / "results.json") as tmp:
-        tmp.write_text(json.dumps(results, indent=2) + "\n")
+    with atomic(file) as tmp:
+        tmp.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def recorded_backbone(adapter: str) -> str:
@@ -490,12 +481,27 @@ def recorded_backbone(adapter: str) -> str:
     return str(HERE / "data/tiny/model")
 
 
-def run_seed(adapter: str) -> int | None:
+def describe_run(settings: Settings, model: Transformer, device: Any) -> Record:
+    """What results.json says but for scores: one hash of the backbone's weights, of a run of --scope full also of those it began with, ..."""
+    from data.record import describe, read_record
+
+    assert model.folder  # it was loaded from one
+    run, found = settings.adapter or settings.backbone, describe(asdict(settings), (), model, device)
+    begun = read_record(model.folder) if Path(run).resolve() == model.folder.resolve() else {}
+    files = {"backbone_sha256": found["backbone_sha256"], "trained_from_sha256": begun.get("backbone_sha256", {})}
+    weights = {name: sorted(pair for pair in hashes.items() if pair[0].endswith(".safetensors")) for name, hashes in files.items()}
+    hashes = {name: sha256(json.dumps(pairs).encode()) for name, pairs in weights.items() if pairs}
+    return {**{name: value for name, value in found.items() if name != "data_sha256"}, **hashes, "run_seed": run_seed(run),
+            "adapter_sha256": adapter_sha256(settings.adapter), "dtype": str(model.head_weight.dtype).removeprefix("torch.")}
+
+
+def run_seed(folder: str) -> int | None:
     """The seed that a run of train.py was started with; None for a folder that says nothing of it."""
     from model import read_json
 
-    file = Path(adapter or ".") / "settings.json"
-    return read_json(file).get("seed") if adapter and file.exists() else None
+    file = Path(folder or ".") / "settings.json"
+    seed = read_json(file).get("seed") if folder and file.exists() else None
+    return seed if type(seed) is int else None
 
 
 def sha256(data: bytes) -> str:
@@ -515,7 +521,7 @@ def adapter_sha256(adapter: str) -> str | None:
 def run_task(task: Task, items: Sequence[Record], prompts: Sequence[Prompt], numbers: Sequence[int], model: Transformer, tokenizer: Tokenizer,
              settings: Settings) -> list[list[Record]]:
     """Likelihoods, generation and verdicts of one task: for each item a record of each sample. numbers: which items they are, for sampling."""
-    begin = tokenizer.core.encode("").ids if settings.format == "plain" else []  # a chat template writes its own BOS
+    begin = list(tokenizer.begin) if settings.format == "plain" else []  # a chat template writes its own BOS
     encode = lambda text: begin + tokenizer.encode(text)  # noqa: E731
     wanted = task.kind == "choose" or settings.reference
     parts = [split_replies(p, encode) if wanted and p.replies else (encode(p.text), []) for p in prompts]
@@ -571,15 +577,20 @@ def write_answers(task: Task, prompts: Sequence[list[int]], numbers: Sequence[in
 
 def rescore(settings: Settings) -> dict[str, Record]:
     """Judge stored records again, offline; prints the table and how many verdicts changed. Raises ValueError."""
+    if idle := [name for name, f in settings.__dataclass_fields__.items() if name not in RESCORED and getattr(settings, name) != f.default]:
+        print(f"warning: without effect on --rescore, which judges all that is recorded: {', '.join(idle)}", file=sys.stderr)
     file = settings.rescore
     by_task: dict[str, list[Record]] = {}
     try:
         stored = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").split("\n") if line]
         for old in stored:
             by_task.setdefault(old["task"], []).append(old)
+        samples = min(Counter((old["task"], old["id"]) for old in stored).values(), default=1)
+        if max(ks := pass_ks(settings, samples), default=1) > samples:
+            raise ValueError(f"pass_at: expected whole numbers from 1 to the {samples} samples in {file}, found {', '.join(map(str, ks))}")
         records = [new for name, rows in by_task.items() for new in rejudge(TASKS.get(name) or own(name, str(Path(file).resolve())), rows, settings)]
         changed = sum(new["verdicts"] != old["verdicts"] for new, old in zip(records, (old for rows in by_task.values() for old in rows)))
-        summaries = summarize(records)
+        summaries = summarize(records, ks)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{file}: expected records written by eval.py, one JSON object a line: {error!r}") from None
     if not records:
@@ -595,13 +606,16 @@ def rejudge(task: Task, rows: Sequence[Record], settings: Settings) -> list[Reco
 
 
 def check_references(settings: Settings) -> dict[str, Record]:
-    """The verdicts on the reference solutions, without a model; prints the table. Raises ValueError for tasks that compare likelihoods."""
+    """The verdicts on the reference solutions, without a model; prints the table. Raises ValueError where there are none to judge."""
     tasks, summaries = find_tasks(settings.tasks), {}
     if choice := [task.name for task in tasks if task.kind == "choose"]:
         raise ValueError(f"{', '.join(choice)}: choices are compared by likelihood, there is nothing to judge")
     for task in tasks:
+        items = load_items(task, settings.limit)
+        if without := [item["id"] for item in items if "code" not in item and "completion" not in item]:
+            raise ValueError(f"{task.path}: expected a reference solution, a completion, in each row; items without one, {some(without)}")
         rows = [{"task": task.name, "id": item["id"], "sample": 0, "format": "chat", "answer": item["answer"], "truncated": False,
-                 "completion": item.get("code", item.get("completion", ""))} for item in load_items(task, settings.limit)]
+                 "completion": item.get("code", item.get("completion"))} for item in items]
         summaries[task.name] = summary(rejudge(task, rows, settings))
     print(score_table(summaries))
     return summaries
@@ -612,7 +626,8 @@ def check_references(settings: Settings) -> dict[str, Record]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 Key = tuple[str, str, int]  # task, id, sample
-OWN = ("backbone", "adapter", "out", "rescore")  # settings that may differ between runs; the backbone's fingerprint may not
+OWN = ("backbone", "adapter", "out", "rescore")  # settings that may differ between runs; what follows may not
+BACKBONE = ("fingerprint", "backbone_sha256")
 FOUND = ("dtype", "device", "fingerprint", "commit")  # stand beside the settings; dtype and device are never "auto" there
 
 
@@ -667,9 +682,7 @@ def read_cell(line: bytes, where: str) -> tuple[Key, Cell]:
 
 def read_facts(file: Path) -> tuple[str, int | None, Record]:
     """The backbone's name, the training seed, and by name what must be the same in all runs: settings, code, backbone, data, prompts.
-
-    Raises ValueError.
-    """
+    Raises ValueError."""
     row = {"run_seed": None, **parse_object(file.read_bytes(), str(file))}
     settings, versions, tasks = (row.get(name) for name in ("settings", "versions", "tasks"))
     if not (isinstance(settings, dict) and isinstance(versions, dict) and isinstance(tasks, dict) and type(row["run_seed"]) in (int, type(None))
@@ -677,7 +690,9 @@ def read_facts(file: Path) -> tuple[str, int | None, Record]:
         raise ValueError(f"{file}: expected settings, versions, tasks with a summary each, and run_seed, a whole number or null")
     hashes = {f"{name}.{task}": summary.get(name) for task, summary in tasks.items() for name in ("data_sha256", "prompt_sha256")}
     facts = {**dict.fromkeys(FOUND), **{name: value for name, value in settings.items() if name not in OWN}, "torch": versions.get("torch"), **hashes}
-    return Path(str(row.get("backbone"))).name, row["run_seed"], facts | {name: row[name] for name in FOUND if name in row}
+    facts |= {name: row[name] for name in (*FOUND, "backbone_sha256") if name in row}
+    facts |= {"backbone_sha256": row["trained_from_sha256"]} if "trained_from_sha256" in row else {}
+    return Path(str(row.get("backbone"))).name, row["run_seed"], facts | {"device": facts["device"] and str(facts["device"]).partition(":")[0]}
 
 
 def read_scored(run: str) -> Scored:
@@ -743,13 +758,14 @@ def check_cells(runs: Sequence[Scored]) -> list[str]:
 
 def by_backbone(baseline: Sequence[Scored], candidate: Sequence[Scored]) -> dict[str, list[list[Scored]]]:
     """Both sides by backbone, where the same several are on both; else all runs together, for check_facts to find the difference."""
-    prints = [list(dict.fromkeys(str(run.facts["fingerprint"]) for run in side)) for side in (baseline, candidate)]
-    names = {str(run.facts["fingerprint"]): run.backbone for run in (*baseline, *candidate)}
+    which = lambda run: "+".join(str(run.facts[name]) for name in BACKBONE if name in run.facts)
+    prints = [list(dict.fromkeys(map(which, side))) for side in (baseline, candidate)]
+    names = {which(run): run.backbone for run in (*baseline, *candidate)}
     if len(prints[0]) == 1 or set(prints[0]) != set(prints[1]):
         return {"": [list(baseline), list(candidate)]}
     clear = len(set(names.values())) == len(names)
-    of = lambda one: [[run for run in side if run.facts["fingerprint"] == one] for side in (baseline, candidate)]
-    return {names[one] if clear else f"{names[one]}-{one[:6]}": of(one) for one in prints[0]}
+    of = lambda one: [[run for run in side if which(run) == one] for side in (baseline, candidate)]
+    return {names[one] if clear else f"{names[one]}-{'+'.join(part[:6] for part in one.split('+'))}": of(one) for one in prints[0]}
 
 
 def check_groups(groups: Mapping[str, Sequence[Sequence[Scored]]], ignore: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -760,7 +776,7 @@ def check_groups(groups: Mapping[str, Sequence[Sequence[Scored]]], ignore: Seque
     if len(set(map(str, seeds.values()))) > 1:
         shown = "; ".join(f"{name} {', '.join(map(str, found))}" for name, found in seeds.items())
         problems.append(f"expected the same seeds for each backbone, found {shown}")
-    alike = lambda run: run._replace(facts={name: value for name, value in run.facts.items() if not several or name != "fingerprint"})
+    alike = lambda run: run._replace(facts={name: value for name, value in run.facts.items() if not several or name not in BACKBONE})
     together = [[alike(run) for sides in groups.values() for run in sides[n]] for n in (0, 1)]
     wrong, passed = check_facts(together[0], together[1], ignore)
     return [*problems, *wrong, *check_cells(together[0] + together[1])], passed
@@ -798,7 +814,7 @@ def pair_runs(settings: CompareSettings) -> tuple[dict[str, list[tuple[Scored, S
 
 class Grid(NamedTuple):
     """One task's items, S seeds by N items. Rows: K rules (value: per cent of the samples that are right, size: 1), then the reference
-    solution (value: its log-likelihood, size: its tokens); both 0 where an item has none. A figure is sum of values / sum of sizes."""
+    solution (value: log-likelihood, size: tokens, for each sample); both 0 where an item has none. A figure is sum of values / sum of sizes."""
 
     rules: list[str]
     values: np.ndarray  # (K + 1, 2, S, N): baseline and candidate
@@ -901,9 +917,9 @@ def statistics(grids: Mapping[str, Grid], settings: CompareSettings) -> Record:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def least_zero(tasks: Mapping[str, Record]) -> str:
-    """How many differences are at least 0, in per cent and in likelihood."""
-    first = [next(iter(entry["rules"].values()))["difference"] for entry in tasks.values()]
-    last = [entry["reference"]["difference"] for entry in tasks.values() if entry["reference"]]
+    """How many differences are at least 0, in per cent and in likelihood; rounded as `estimate` does for seeds."""
+    first = [round(next(iter(entry["rules"].values()))["difference"], 10) for entry in tasks.values()]
+    last = [round(entry["reference"]["difference"], 10) for entry in tasks.values() if entry["reference"]]
     return "differences of at least 0: " + ", ".join(f"{sum(x >= 0 for x in found)} of {len(found)} {what}" for what, found in (
         ("in per cent", first), ("in log-likelihood", last)) if found)
 
@@ -939,7 +955,7 @@ def compared(settings: CompareSettings) -> Record:
     pairs = next(iter(groups.values()))
     facts = pairs[0][0].facts
     if len(groups) > 1:
-        facts = facts | {"fingerprint": {name: found[0][0].facts["fingerprint"] for name, found in groups.items()}}
+        facts = facts | {fact: {name: found[0][0].facts.get(fact) for name, found in groups.items()} for fact in BACKBONE if fact in facts}
     notes += [f"warning: {task}: a reference log-likelihood is missing in some of the runs for {grid.partial} items, which are left out of it"
               for task, grid in grids.items() if grid.partial]
     notes += ["one seed: the intervals hold the variation over items alone, none over seeds"] * (len(pairs) == 1)

@@ -84,6 +84,9 @@ class Settings:
                              "log_every", "eval_every", "save_every", "limit") if not 0 <= getattr(self, n) < 1e30]
         wrong = [f"--{n.replace('_', '-')}: expected a finite number {'above' if n in above else 'of at least'} 0, found {getattr(self, n)}"
                  for n in above + least]
+        wrong += [f"--{n.replace('_', '-')}: expected a share, at most 1, found {getattr(self, n)}" for n in ("min_lr", "warmup")
+                  if getattr(self, n) > 1]
+        wrong += ["--resume goes on with the run that --overwrite deletes: leave one of them out"] * (self.resume and self.overwrite)
         if wrong:
             raise ValueError("settings:\n  " + "\n  ".join(wrong))
 
@@ -163,16 +166,22 @@ def encode_row(tokenizer: Tokenizer, messages: Sequence[Message]) -> Row:
     """Ids of the rendered conversation; supervised: every token that lies wholly in an assistant's text or stop token.
 
     The text is encoded once and as a whole, so merges at the borders are those of the joint encoding, and a token that
-    reaches from the template into the text carries no label. Raises ValueError when the turns cannot be found.
+    reaches from the template into the text carries no label. A stop token does, though it may take blanks around it along. Raises
+    ValueError when the turns cannot be found, or their stop tokens are not among the ids.
     """
     text, spans = mark_turns(tokenizer, messages)
     encoding = tokenizer.encoding(text)
-    supervised, rest = [], iter(spans)
+    supervised, rest, stops = [], iter(spans), 0
     begin, end = next(rest)
-    for a, b in encoding.offsets:
+    for i, (a, b) in zip(encoding.ids, encoding.offsets):
         while a >= end:
             begin, end = next(rest, (len(text) + 1, len(text) + 1))
+        stop = a < end <= b and i in tokenizer.eos_ids
+        stops += stop
         supervised.append(begin <= a < b <= end)
+        supervised[-1] |= stop
+    if stops < len(spans):
+        raise ValueError(f"the tokenizer splits the stop token of {len(spans) - stops} of the {len(spans)} assistant turns")
     return Row(encoding.ids, supervised)
 
 
@@ -227,12 +236,13 @@ def stop_end(tokenizer: Tokenizer, text: str, end: int) -> int:
     raise ValueError(f"no stop token follows an assistant turn; found {text[end:end + 20]!r}, stop ids are {tokenizer.eos_ids}")
 
 
-def load_rows(files: Sequence[str], tokenizer: Tokenizer, settings: Settings) -> tuple[list[Row], dict[str, int]]:
-    """Every usable row, and counts: read, too_long (dropped), truncated, unlabelled (dropped). Raises ValueError with file:line."""
+def load_rows(files: Sequence[str], tokenizer: Tokenizer, settings: Settings, hide: bool | None = None) -> tuple[list[Row], dict[str, int]]:
+    """Every usable row, and counts: read, too_long (dropped), truncated, unlabelled (dropped). hide: the bar, None: where nobody sees it.
+    Raises ValueError with file:line."""
     rows, counts = [], dict.fromkeys(("read", "too_long", "truncated", "unlabelled"), 0)
-    limit = min(settings.max_tokens, settings.micro_tokens or settings.step_tokens)
+    limit = min(settings.max_tokens, settings.step_tokens, settings.micro_tokens or settings.step_tokens)
     for file in files:
-        for where, messages in tqdm(read_rows(file), desc=f"encode {Path(file).name}", unit="row", disable=None):
+        for where, messages in tqdm(read_rows(file), desc=f"encode {Path(file).name}", unit="row", disable=hide):
             try:
                 row = encode_row(tokenizer, messages)
             except ValueError as error:
@@ -249,6 +259,17 @@ def load_rows(files: Sequence[str], tokenizer: Tokenizer, settings: Settings) ->
     if not rows:
         raise ValueError(f"{', '.join(files)}: no usable row; counts: {counts}")
     return rows, counts
+
+
+def load_data(settings: Settings, tokenizer: Tokenizer, hide: bool | None = None) -> tuple[list[Row], list[Row]]:
+    """(training rows, held-out rows); prints the counts of the files of each. Raises ValueError."""
+    found = []
+    for what, files in (("rows", settings.data), ("held-out rows", settings.dev_data)):
+        if files:
+            rows, counts = load_rows(files, tokenizer, settings, hide)
+            print(f"{what}: " + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items()))
+            found.append(rows)
+    return (found[0], found[1]) if settings.dev_data else split_dev(found[0], settings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -387,10 +408,10 @@ def mean_loss(model: Transformer, rows: Sequence[Row], budget: int, device: Any,
 # ---------------------------------------------------------------------------------------------------------------------
 
 def parts(settings: Settings) -> tuple[AdapterConfig, TalanConfig | None]:
-    """Adapter and side path as the settings say. Raises ValueError."""
+    """Adapter and side path as the settings say. Raises ValueError, on axes of a side path that is not wanted too."""
     axes = {field.name: getattr(settings, field.name) for field in fields(TalanConfig)}
-    talan = TalanConfig(**axes | {"layers": parse_layers(settings.layers)}) if settings.talan else None
-    return AdapterConfig(settings.adapter, settings.rank, settings.alpha, settings.dropout, settings.targets), talan
+    talan = TalanConfig(**axes | {"layers": parse_layers(settings.layers)})
+    return AdapterConfig(settings.adapter, settings.rank, settings.alpha, settings.dropout, settings.targets), talan if settings.talan else None
 
 
 def build_model(settings: Settings, device: torch.device) -> Transformer:
@@ -553,6 +574,9 @@ class Interrupt:
             signal.signal(which, signal.default_int_handler if which == signal.SIGINT else signal.SIG_DFL)
 
 
+TAKEN = "exists; --resume goes on with it, --overwrite deletes the run in it"
+
+
 def free_folder() -> str:
     """The next free runs/NUMBER."""
     return next(f"runs/{n}" for n in range(1, 1 << 30) if not Path(f"runs/{n}").exists())
@@ -565,8 +589,7 @@ def choose_run(settings: Settings, explicit: dict[str, Any]) -> tuple[Path, Sett
     if not settings.resume or not stored.exists():
         taken = run.exists() and (not run.is_dir() or any(not file.match(".settings.json.*.tmp") for file in run.iterdir()))
         if taken and not settings.dry_run and not (settings.overwrite and stored.exists()):
-            raise ValueError(f"{run}: exists; " + ("--resume goes on with it, --overwrite deletes the run in it" if stored.exists() else
-                                                   "it holds no run, so it is neither resumed nor overwritten"))
+            raise ValueError(f"{run}: {TAKEN if stored.exists() else 'exists; it holds no run, so it is neither resumed nor overwritten'}")
         return run, settings
     saved = restore(read_json(stored), stored)
     differ = [f"{k}: this command says {v}, the run has {getattr(saved, k)}" for k, v in explicit.items()
@@ -583,18 +606,35 @@ def same_kind(value: Any, usual: Any) -> bool:
     return type(value) is type(usual) or (type(value), type(usual)) == (int, float)
 
 
-def make_run(run: Path, settings: Settings) -> None:
-    """Make the run folder; clear what a killed run left half written or half deleted."""
-    for leftover in [*run.glob(".*.tmp"), *run.glob(".*.old"), *run.parent.glob(f".{run.name}.*.old")]:
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    if settings.resume and (run / "settings.json").exists():
-        return
-    if settings.resume:
-        print(f"{run}: nothing to resume, starting at step 0")
+def make_run(run: Path, settings: Settings) -> Path:
+    """Make the run folder, and clear what a killed run left half written or half deleted; returns it. When another start has made it by
+    now, the next free one without --out, else raises ValueError."""
     if settings.overwrite and run.exists():
         remove_folder(run)
-    with atomic(run / "settings.json") as tmp:
-        tmp.write_text(json.dumps(asdict(kept(settings)), indent=2) + "\n")
+    if not settings.resume or not (run / "settings.json").exists():
+        if settings.resume:
+            print(f"{run}: nothing to resume, starting at step 0")
+        try:
+            write_once(run / "settings.json", json.dumps(asdict(kept(settings)), indent=2) + "\n")
+        except FileExistsError:
+            if settings.out:
+                raise ValueError(f"{run}: {TAKEN}") from None
+            return make_run(Path(free_folder()), settings)
+    for leftover in [*run.glob(".*.tmp"), *run.glob(".*.old"), *run.parent.glob(f".{run.name}.*.old")]:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    return run
+
+
+def write_once(file: Path, text: str) -> None:
+    """Write the file, whole or not at all. Raises FileExistsError when it is there, though another process wrote it just now."""
+    with atomic(file) as tmp:
+        tmp.write_text(text)
+        try:
+            sync(tmp)
+            os.link(tmp, file)  # which refuses to replace, as the rename that follows would not
+        except OSError:
+            if file.exists():
+                raise FileExistsError(file) from None  # else this file system has no links
 
 
 def kept(settings: Settings) -> Settings:
@@ -758,20 +798,27 @@ def dry_run(settings: Settings, model: Transformer, tokenizer: Tokenizer, rows: 
     print(f"first micro-batch of {len(epoch[0])}, supervised tokens in [[ ]]:\n" + show_batch([rows[n] for n in epoch[0][0]], tokenizer))
 
 
-def scoring(settings: Settings, out: Path, device: Any, run: Path | None = None) -> EvalSettings:
-    """How the backbone, or the run in this folder, is scored."""
+def scoring(settings: Settings, out: Path, run: Path | None = None) -> EvalSettings:
+    """How the backbone, or the run in this folder, is scored; each of several processes finds its own device."""
     trained = {"backbone": str(run)} if run and settings.scope == "full" else {}
     trained |= {"adapter": str(run)} if run and (settings.talan or settings.adapter != "none") else {}
-    common: dict[str, Any] = {"backbone": settings.backbone, "tasks": settings.tasks, "limit": settings.limit, "device": str(device),
+    common: dict[str, Any] = {"backbone": settings.backbone, "tasks": settings.tasks, "limit": settings.limit, "device": settings.device,
                               "dtype": settings.dtype, "allow_code_execution": settings.allow_code_execution}
     return EvalSettings(**(common | trained), out=str(out))
 
 
-def score_run(settings: Settings, run: Path, device: torch.device) -> None:
+def score_run(settings: Settings, run: Path) -> None:
     """Score the backbone and the saved run on the tasks; print and keep the table."""
-    base = score(scoring(settings, run / "eval-base", device))
-    adapted = score(scoring(settings, run / "eval-adapted", device, run))
+    base = score(scoring(settings, run / "eval-base"))
+    adapted = score(scoring(settings, run / "eval-adapted", run))
     print(compare_table(base, adapted))
+
+
+def set_deterministic(settings: Settings) -> None:
+    """--deterministic, for all that this process computes from now on."""
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, at its first product
+        torch.use_deterministic_algorithms(True)
 
 
 def main(explicit: dict[str, Any], part: bool = False) -> None:
@@ -783,9 +830,7 @@ def main(explicit: dict[str, Any], part: bool = False) -> None:
         return sweep(explicit)
     ranks = open_ranks()
     run, settings = ranks.from_first(lambda: choose_run(settings, explicit))
-    if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, at its first product
-        torch.use_deterministic_algorithms(True)
+    set_deterministic(settings)
     if settings.fsdp and ranks.world == 1:
         raise ValueError("--fsdp cuts the backbone over several processes; start them with: torchrun --nproc-per-node N train.py ...")
     device = choose_device(ranks.device(settings.device))
@@ -798,21 +843,15 @@ def main(explicit: dict[str, Any], part: bool = False) -> None:
     tokenizer = load_tokenizer(settings.backbone)
     model = build_model(settings, device)
     print(f"backbone {settings.backbone} on {device} in {model.head_weight.dtype}\n{report(model)}")
-    rows, counts = load_rows(settings.data, tokenizer, settings)
-    print("rows: " + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items()))
-    if settings.dev_data:
-        dev = load_rows(settings.dev_data, tokenizer, settings)[0]
-    else:
-        rows, dev = split_dev(rows, settings)
+    rows, dev = load_data(settings, tokenizer, None if ranks.first else True)
     if settings.dry_run:
         return dry_run(settings, model, tokenizer, rows)
-    record = describe(asdict(kept(settings)), settings.data + settings.dev_data, model, device)
+    record = ranks.from_first(lambda: describe(asdict(kept(settings)), settings.data + settings.dev_data, model, device, ranks.world))
     if settings.repeat or read_record(run) and settings.resume:
         ranks.from_first(lambda: check_record(settings.repeat or run, read_record(Path(settings.repeat or run)), record))
     with writing(run):
-        if ranks.first:
-            make_run(run, settings)
-        ranks.wait()
+        run = ranks.from_first(lambda: make_run(run, settings))
+    with writing(run):
         print(f"run folder: {run}" + (f", {ranks.world} processes" if ranks.world > 1 else ""))
         model.checkpointing = settings.checkpointing
         with contextlib.closing(Interrupt()) as interrupt:
@@ -821,10 +860,11 @@ def main(explicit: dict[str, Any], part: bool = False) -> None:
         if finished and ranks.first:
             finish_run(run)
         ranks.wait()
-        if not finished or part and interrupt.asked:
-            raise SystemExit(130)
-        if settings.tasks != ("none",) and not part:
-            score_run(settings, run, device)
+    if not finished or part and interrupt.asked:
+        raise SystemExit(130)
+    if settings.tasks != ("none",) and not part:
+        del model  # scoring loads another
+        score_run(settings, run)
     print(f"wrote {run}")
 
 

@@ -85,7 +85,7 @@ def grid_seconds(sweep: Path, sides: dict[str, Any]) -> dict[str, float]:
 
 
 def keep(sweep: Path, out: Path) -> list[Path]:
-    """Write OUT anew, complete or not at all; returns its files. Raises ValueError when there is no finished sweep."""
+    """Write OUT anew, complete or not at all; returns its files. Raises ValueError when there is no finished sweep, naming what is missing."""
     from model import atomic
     from train import remove_folder
 
@@ -94,9 +94,11 @@ def keep(sweep: Path, out: Path) -> list[Path]:
         raise ValueError(f"{sweep}: expected a folder of train.py --paired with scored runs")
     if out.exists() and not (out / "sweep.json").exists():  # data/records itself, say
         raise ValueError(f"{out}: exists, and holds no sweep")
+    content = json.loads((sweep / "sweep.json").read_text())
+    if missing := [run for run in content["runs"] if sweep / run not in found] + ["base"] * (not (sweep / "base/results.json").exists()):
+        raise ValueError(f"{sweep}: not finished, without scores: {', '.join(missing)}")
     with atomic(out) as tmp:
         tmp.mkdir()
-        content = json.loads((sweep / "sweep.json").read_text())
         write_json(tmp / "sweep.json", content | {"grid_seconds": grid_seconds(sweep, content["sides"])})
         for run, scores in (found | {sweep / "base": sweep / "base"}).items():
             keep_run(run, scores, tmp / run.relative_to(sweep))

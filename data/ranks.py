@@ -20,14 +20,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world` of them; number 0 alone prints and writes."""
+    """This process among `world` of them; number 0 alone prints to stdout and writes."""
 
     rank: int = 0
     world: int = 1
 
     @property
     def first(self) -> bool:
-        """Is this the one that prints and writes?"""
+        """Is this the one that prints to stdout and writes?"""
         return self.rank == 0
 
     def device(self, name: str) -> str:

@@ -85,12 +85,15 @@ def run_program(program: str, tests: str, limits: Limits = Limits()) -> Verdict:
 
 
 def run_programs(jobs: Sequence[tuple[str, str]], limits: Limits = Limits(), workers: int = 0) -> list[Verdict]:  # noqa: B008
-    """Verdicts of (program, tests) pairs, in their order; 0 workers: one a usable core. Ctrl-C ends all programs, then raises."""
+    """Verdicts of (program, tests) pairs, in their order; 0 workers: one a usable core, torchrun's processes share them.
+
+    Ctrl-C ends all programs, then raises.
+    """
     from tqdm import tqdm  # not at the top: every child imports this file
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     stop = threading.Event()
-    with ThreadPoolExecutor(workers or cores) as pool:
+    with ThreadPoolExecutor(workers or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) as pool:
         futures = [pool.submit(run, program, tests, limits, stop) for program, tests in jobs]
         try:
             for _ in tqdm(as_completed(futures), "programs", len(futures), disable=None, leave=False):

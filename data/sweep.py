@@ -36,7 +36,7 @@ from data.settings import nearest
 from eval import CompareSettings, Record, compare, compare_table, comparison_table, score, table
 from model import ModelConfig, Transformer, atomic, choose_device, read_json, resolve_folder
 from talan import SCOPES, attach, group_of
-from train import Settings, free_folder, kept, main, parts, restore, scoring
+from train import Settings, free_folder, kept, main, parts, restore, scoring, set_deterministic
 
 OWN = ("paired", "seeds", "lrs", "paired_control", "vary")  # settings of a sweep that its runs do not have
 AXES = ("layers", "site", "slots", "width", "mixer", "writeback", "bound", "scope", "grad_scale", "trunk_grad_scale", "talan_lr_scale")
@@ -64,8 +64,9 @@ def parse_rates(words: Sequence[str]) -> list[float]:
     for word in words:
         with contextlib.suppress(ValueError):
             rates.append(float(word))
-    if words and (len(set(rates)) < 2 or len(set(rates)) < len(words) or not all(0 < rate < math.inf for rate in rates)):
-        raise ValueError(f"--lrs: expected at least two different learning rates above 0, found {', '.join(words)}")
+    names = {f"{rate:g}" for rate in rates}  # those of their folders
+    if words and (len(names) < 2 or len(names) < len(words) or not all(0 < rate < math.inf for rate in rates)):
+        raise ValueError(f"--lrs: expected at least two learning rates above 0, different in their first six digits, found {', '.join(words)}")
     return sorted(rates)
 
 
@@ -103,6 +104,7 @@ def check_asked(settings: Settings, explicit: dict[str, Any]) -> None:
     problems = [text for text, holds in (
         ("--seeds, --lrs, --paired-control and --vary go with --paired", not settings.paired),
         ("--seed: --seeds names them", "seed" in explicit),
+        ("--resume: the same command without it goes on", settings.resume),
         ("--lr: --lrs tries several, name it among them", settings.lrs and "lr" in explicit),
         ("--no-talan: the candidates have the side path", not settings.talan),
         ("--adapter none: the baselines need one", settings.adapter == "none"),
@@ -171,21 +173,21 @@ def trained(run: Path) -> bool:
     return (run / "train_state.json").exists() and not any(run.glob("step-*"))
 
 
-def do_run(settings: Settings, run: Path, ranks: Ranks, device: Any = None) -> None:
-    """Train the run, and score it where there is a device; what of this is done already, by these settings, stays."""
+def do_run(settings: Settings, run: Path, ranks: Ranks, scored: bool = False) -> None:
+    """Train the run, and score it where asked for; what of this is done already, by these settings, stays."""
     gc.collect()  # the model of the run before
     if settings.compile:
         torch.compiler.reset()  # else a few models reach its limit of recompilations
     look = lambda: (bool(differences(run, settings)), trained(run), (run / "eval-adapted/results.json").exists(), (run / "settings.json").exists())
     other, ready, scores, there = ranks.from_first(look)
-    if ready and not other and (scores or device is None):
+    if ready and not other and (scores or not scored):
         return print(f"{run}: finished, with these settings: reused")
     if not ready or other:
         print(f"\n{run}: {'overwritten' if other else 'goes on' if there else 'starts'}")
         values = asdict(replace(settings, out=str(run), resume=there and not other, overwrite=other))
         main({name: value for name, value in values.items() if name not in OWN}, part=True)
-    if device is not None:
-        score(scoring(settings, run / "eval-adapted", device, run))
+    if scored:
+        score(scoring(settings, run / "eval-adapted", run))
 
 
 def check_files(run: Path, first: Path) -> None:
@@ -194,13 +196,16 @@ def check_files(run: Path, first: Path) -> None:
 
 
 def score_base(settings: Settings, out: Path, ranks: Ranks, device: Any) -> Record:
-    """The bare backbone's summaries by task, as they are stored when they were made with these settings."""
-    wanted, file = scoring(settings, out, device), out / "results.json"
-    stored = ranks.from_first(lambda: read_json(file) if file.exists() else {})
-    if stored.get("settings") == json.loads(json.dumps(asdict(wanted))):
+    """The bare backbone's summaries by task, as they are stored when they were made with these settings, on this device."""
+    wanted, file = scoring(settings, out), out / "results.json"
+
+    def look() -> Record | None:
+        stored, want = read_json(file) if file.exists() else {}, json.loads(json.dumps(asdict(wanted)))
+        return stored["tasks"] if {**stored.get("settings", {}), "device": stored.get("device")} == {**want, "device": str(device)} else None
+
+    if found := ranks.from_first(look):
         print(f"{out}: scored, with these settings: reused")
-        return stored["tasks"]
-    return score(wanted)
+    return found or score(wanted)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,7 +213,7 @@ def score_base(settings: Settings, out: Path, ranks: Ranks, device: Any) -> Reco
 # ---------------------------------------------------------------------------------------------------------------------
 
 def held_out_loss(settings: Settings, run: Path, ranks: Ranks) -> float:
-    """Do this run; its loss on the held-out rows after the last step, infinite when the run was stopped by a loss that is not finite."""
+    """Do this run; its loss on the held-out rows after the last step, infinite when this or a loss that stopped the run is not finite."""
     try:
         do_run(settings, run, ranks)
     except ValueError as error:
@@ -217,14 +222,15 @@ def held_out_loss(settings: Settings, run: Path, ranks: Ranks) -> float:
         print(error)
         return math.inf
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [line["loss"] for line in map(json.loads, lines) if line["kind"] == "dev"][-1]
+    loss = [line["loss"] for line in map(json.loads, lines) if line["kind"] == "dev"][-1]
+    return loss if math.isfinite(loss) else math.inf
 
 
 def lowest(losses: dict[float, float]) -> float:
     """The rate with the lowest loss, the smallest of equals. Raises ValueError when none has a finite one."""
     if not any(map(math.isfinite, losses.values())):
         raise ValueError(f"--lrs: no finite loss at any of {', '.join(f'{rate:g}' for rate in losses)}")
-    return min(losses, key=lambda rate: (losses[rate], rate))
+    return min(losses, key=lambda rate: (not math.isfinite(losses[rate]), losses[rate], rate))
 
 
 def rate_table(losses: dict[str, dict[float, float]]) -> str:
@@ -236,12 +242,16 @@ def rate_table(losses: dict[str, dict[float, float]]) -> str:
     return table(["held-out loss", *(f"{rate:g}" for rate in rates)], rows) + note
 
 
-def choose_rates(sides: dict[str, Settings], rates: Sequence[float], out: Path, ranks: Ranks, overwrite: bool) -> dict[str, dict[float, float]]:
+def grid_of(sides: dict[str, Settings], rates: Sequence[float], out: Path) -> dict[Path, Settings]:
+    """The first seed's run of each side at each rate."""
+    return {out / f"lr-{rate:g}" / side: replace(settings, lr=rate) for rate in rates for side, settings in sides.items()}
+
+
+def choose_rates(grid: dict[Path, Settings], ranks: Ranks) -> dict[str, dict[float, float]]:
     """Losses on held-out rows by side and rate. The test items have no part in it."""
-    grid = {(side, rate): (out / f"lr-{rate:g}" / side, replace(settings, lr=rate)) for rate in rates for side, settings in sides.items()}
-    ranks.from_first(lambda: check_runs(dict(grid.values()), overwrite))
-    found = {key: held_out_loss(settings, run, ranks) for key, (run, settings) in grid.items()}
-    losses = {side: {rate: found[side, rate] for rate in rates} for side in sides}
+    losses: dict[str, dict[float, float]] = {}
+    for run, settings in grid.items():
+        losses.setdefault(run.name, {})[settings.lr] = held_out_loss(settings, run, ranks)
     print(f"\nfirst seed, after the last step; the rate with the lowest is taken (*), for each side by itself\n{rate_table(losses)}")
     return losses
 
@@ -330,18 +340,23 @@ def sweep(explicit: dict[str, Any]) -> None:
     settings = Settings(**explicit)
     check_asked(settings, explicit)
     seeds, rates, ranks = parse_seeds(settings.seeds), parse_rates(settings.lrs), open_ranks()
+    set_deterministic(settings)
     out, device = ranks.from_first(lambda: choose_folder(settings)), choose_device(ranks.device(settings.device))
     sides = sides_of(replace(settings, seed=seeds[0]))
     plan = lambda: {out / f"seed-{seed}" / side: replace(wanted, seed=seed) for seed in seeds for side, wanted in sides.items()}
-    ranks.from_first(lambda: None if rates else check_runs(plan(), settings.overwrite))
+    grid = grid_of(sides, rates, out)
+    ranks.from_first(lambda: check_runs(grid or plan(), settings.overwrite))
     if ranks.first:
-        write_sweep(out, settings, sides, plan(), {})
+        if not settings.out:
+            out.mkdir(parents=True)  # fails where another start was faster
+        if not rates or not (out / "sweep.json").exists():  # what --lrs found stays until it is found again
+            write_sweep(out, settings, sides, plan(), {})
         print(f"sweep folder: {out}; when stopped, the same command with --out {out} goes on")
         print(", ".join(f"{side}: {trainable(wanted)['all']:,} trainable, rank {wanted.rank}" for side, wanted in sides.items()))
     with ending():
         base = score_base(settings, out / "base", ranks, device)
         if rates:
-            losses = choose_rates(sides, rates, out, ranks, settings.overwrite)
+            losses = choose_rates(grid, ranks)
             sides = {side: replace(wanted, lr=lowest(losses[side])) for side, wanted in sides.items()}
             ranks.from_first(lambda: check_runs(plan(), settings.overwrite))
             if ranks.first:
@@ -350,7 +365,7 @@ def sweep(explicit: dict[str, Any]) -> None:
                     take_over(out / f"lr-{wanted.lr:g}" / side, out / f"seed-{seeds[0]}" / side)
             ranks.wait()
         for run, wanted in plan().items():
-            do_run(wanted, run, ranks, device)
+            do_run(wanted, run, ranks, scored=True)
             if ranks.first:
                 check_files(run, next(iter(plan())))
                 print(compare_table(base, read_json(run / "eval-adapted/results.json")["tasks"]))

@@ -31,7 +31,7 @@ TASKS = {task.name: task for task in (
 
 
 def find_tasks(names: Sequence[str]) -> list[Task]:
-    """Tasks by name; a path ending in .jsonl is a task of one's own. Raises ValueError that lists the unknown ones."""
+    """Tasks by name; a path ending in .jsonl is a task of one's own. Raises ValueError that lists the unknown and the misnamed ones."""
     unknown = [name for name in names if name not in TASKS and not name.endswith(".jsonl")]
     if unknown or not names:
         raise ValueError(f"tasks: expected some of {', '.join(TASKS)} or JSONL files, found "
@@ -39,6 +39,8 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
     tasks = [TASKS.get(name) or own(Path(name).stem, str(Path(name).resolve())) for name in names]
     if len({task.name for task in tasks}) < len(tasks):
         raise ValueError(f"tasks: each name may come once, found {', '.join(task.name for task in tasks)}")
+    if taken := [name for name, task in zip(names, tasks) if task.rules != TASKS.get(task.name, task).rules]:  # records have its name alone
+        raise ValueError(f"tasks: --rescore would judge these by the rules of the benchmarks of that name; rename them: {', '.join(taken)}")
     return tasks
 
 
@@ -62,9 +64,11 @@ def load_pool(task: Task) -> list[Row]:
 def parse_item(line: bytes, where: str, kind: str = "generate") -> Row:
     """{"prompt" or "messages", "answer", "id" (else the line's number), ...} as data/task.py says. Raises ValueError."""
     row = parse_object(line, where)
-    check_messages(row["messages"] if "messages" in row else [{"role": "user", "content": row.get("prompt")}], where)
-    if not isinstance(row.get("answer"), str) or not isinstance(row.get("completion", ""), str):
-        raise ValueError(f"{where}: expected an answer, and a completion if there is one, in text, found {repr(row)}")
+    messages = check_messages(row["messages"] if "messages" in row else [{"role": "user", "content": row.get("prompt")}], where)
+    if messages[-1]["role"] == "assistant":
+        raise ValueError(f"{where}: expected messages up to the assistant's answer, found it among them: {repr(messages[-1]['content'])}")
+    if not isinstance(row.get("answer"), str) or not isinstance(written := row.get("completion", "none"), str) or not written:
+        raise ValueError(f"{where}: expected an answer, and a completion if there is one, not empty, in text, found {repr(row)}")
     if not isinstance(name := row.get("id", where.rpartition(":")[2]), (str, int)):
         raise ValueError(f"{where}: expected an id, a text or a whole number, found {repr(name)}")
     choices = row.get("choices")

@@ -216,11 +216,25 @@ def test_messages_have_no_plain_form(tokenizer):
 
 
 def test_trap_5_plain_text_gets_the_bos_that_the_tokenizer_adds():
-    """Once, and not in a chat, whose template writes its own."""
-    core = load_tokenizer(ROOT / "tests/golden/tokenizers/llama3")
-    bos = core.encode("<|begin_of_text|>")
-    begin = core.core.encode("").ids
-    assert begin in (bos, []) and core.encode("a").count(bos[0]) == 0
+    """It is found once, and what is encoded has none."""
+    tokenizer = load_tokenizer(ROOT / "tests/golden/tokenizers/llama3")
+    bos = tokenizer.encode("<|begin_of_text|>")
+    assert list(tokenizer.begin) == bos and len(bos) == 1 and bos[0] not in tokenizer.encode("a")
+
+
+@pytest.mark.parametrize("form, expected", [("plain", 1), ("chat", 0)])
+def test_trap_5_the_bos_is_read_in_plain_text_alone(bench, form, expected, monkeypatch):
+    """A chat template writes its own."""
+    import model
+
+    read, bos, load = [], 5, model.load_tokenizer
+    monkeypatch.setattr(model, "load_tokenizer", lambda path: replace(load(path), begin=(bos,)))
+    spied = lambda right: lambda *a, **b: read.append(a[1]) or right(*a, **b)  # noqa: E731
+    for owner, name in ((model, "generate"), (evaluation, "log_likelihoods")):
+        monkeypatch.setattr(owner, name, spied(getattr(owner, name)))
+    score(bench / "out", tasks=("arc_easy", "gsm8k"), format=form, max_new_tokens=2, limit=3)
+    likely, asked = [prefix for parts in read[:2] for prefix, _ in parts], read[-1]
+    assert len(read) == 3 and all((row[0] == bos) == expected and row.count(bos) == expected for row in [*likely, *asked])
 
 
 # ---------------------------------------------------------------- likelihoods
@@ -322,7 +336,7 @@ def test_several_samples_are_averaged_by_item():
 
 @pytest.mark.parametrize("values, message", [({"samples": 3}, "samples"), ({"format": "chatty"}, "format"), ({"pass_at": ("2",)}, "pass_at"),
                                              ({"pass_at": ("x",)}, "pass_at"), ({"limit": -1, "shots": -1}, "limit.*\n.*shots"),
-                                             ({"seconds": 0}, "seconds")])
+                                             ({"seconds": 0}, "seconds"), ({"seconds": math.inf}, "seconds")])
 def test_settings_out_of_range_are_listed(values, message):
     with pytest.raises(ValueError, match=message):
         evaluation.Settings(**values)
@@ -361,8 +375,10 @@ def test_all_benchmarks_run_and_rescore(bench, form, capsys):
     assert set(results["tasks"]["gsm8k"]["rules"]) == {"flexible", "strict"} and set(results["tasks"]["arc_easy"]["rules"]) == {"acc", "acc_norm"}
     assert set(results["tasks"]["humaneval"]["rules"]) == {"base", "plus"} and set(results["tasks"]["mbpp"]["rules"]) == {"base"}
     capsys.readouterr()
-    evaluation.rescore(evaluation.Settings(rescore=str(bench / "out/records.jsonl"), allow_code_execution=True))
-    assert f"{len(records)} records, 0 verdicts changed" in capsys.readouterr().out
+    evaluation.rescore(evaluation.Settings(rescore=str(bench / "out/records.jsonl"), allow_code_execution=True, limit=1, out="o", workers=2))
+    printed = capsys.readouterr()
+    assert f"{len(records)} records, 0 verdicts changed" in printed.out
+    assert printed.err.endswith("without effect on --rescore, which judges all that is recorded: out, limit\n")
 
 
 def test_choice_verdicts_follow_from_the_recorded_likelihoods(bench):
@@ -462,6 +478,10 @@ def test_samples_differ_and_are_seeded(bench):
     assert [(r["id"], r["sample"]) for r in records] == [(i, s) for i in ("test-0", "test-1") for s in range(3)]
     assert len({r["completion"] for r in records}) > 2 and {"pass@1", "pass@3"} <= set(results["tasks"]["gsm8k"])
     assert score(bench / "out2", **values, batch_rows=2)[0] == records
+    again = lambda *ks: evaluation.rescore(evaluation.Settings(rescore=str(bench / "out/records.jsonl"), pass_at=ks))["gsm8k"]  # noqa: E731
+    assert again() == again("1", "3") == {k: v for k, v in results["tasks"]["gsm8k"].items() if not k.endswith("sha256")} and "pass@2" in again("2")
+    with pytest.raises(ValueError, match="from 1 to the 3 samples"):
+        again("4")
 
 
 def test_plain_completions_end_before_the_first_stop(bench, monkeypatch, tokenizer):

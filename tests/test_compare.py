@@ -272,6 +272,17 @@ def test_backbones_of_one_name_are_told_apart(tmp_path):
     assert {name.split("/")[0] for name in compare(lab)["tasks"]} == {"model-aaaa00", "model-bbbb00"}
 
 
+def test_backbones_of_one_config_are_told_apart_by_their_weights(tmp_path):
+    lab, _ = make_labs(tmp_path)
+    for run in (*lab["baseline"], *lab["candidate"]):
+        rewrite(run, fingerprint="aaaa00001", backbone_sha256="cccc00001" if "/small/" in run else "dddd00001")
+    found = compare(lab)
+    assert {name.split("/")[0] for name in found["tasks"]} == {"small", "large"} and found["facts"]["backbone_sha256"]["large"] == "dddd00001"
+    for run in (*lab["baseline"], *lab["candidate"]):
+        rewrite(run, backbone="model")
+    assert {name.split("/")[0] for name in compare(lab)["tasks"]} == {"model-aaaa00+cccc00", "model-aaaa00+dddd00"}
+
+
 def test_backbones_must_have_the_same_seeds_settings_and_items(tmp_path):
     lab, _ = make_labs(tmp_path)
     large = [run for side in lab.values() for run in side if "/large/" in run]
@@ -382,6 +393,12 @@ def test_a_tie_is_a_tie_in_rounded_arithmetic_too():
     part = (np.array([[0.3, 0.3], [0.1 + 0.2, 0.4]]), 1, np.zeros(100), np.ones(100), np.array([1, 1]))
     line = evaluation.estimate([part])
     assert line["by_seed"][0] != 0 and (line["seeds_won"], line["seeds_tied"]) == (1, 1)
+
+
+def test_a_tie_is_no_loss_in_the_count_of_differences():
+    line = {"rules": {"base": {"difference": 0.3 - (0.1 + 0.2)}}, "reference": {"difference": -1e-17}}
+    assert line["rules"]["base"]["difference"] < 0
+    assert evaluation.least_zero({"code": line}) == "differences of at least 0: 1 of 1 in per cent, 1 of 1 in log-likelihood"
 
 
 def test_no_order_matters(tmp_path):
@@ -584,6 +601,19 @@ def test_differences_across_seeds_alone_are_found_and_resolved_values_count(tmp_
         rewrite(side[2], settings=RESULTS["settings"] | {"device": "cpu", "dtype": "float32"})  # what "auto" came to
     lines = refused(lab).splitlines()[1:]
     assert len(lines) == 1 and "limit: 0 (" in lines[0] and "5 (" in lines[0]
+
+
+def test_weights_and_the_kind_of_device_must_be_the_same(tmp_path, capsys):
+    """A GPU's number is no difference, nor how many processes shared the items; old records have no hash of the weights."""
+    lab = make_lab(tmp_path)
+    for n, run in enumerate((*lab["baseline"], *lab["candidate"])):
+        rewrite(run, device="cuda:1" if n % 2 else "cuda", world=1 + n % 2)
+    assert compare(lab)["facts"]["device"] == "cuda" and "not recorded" not in capsys.readouterr().out
+    for run in lab["candidate"]:
+        rewrite(run, backbone_sha256="other", device="cpu")
+    lines = [line.strip() for line in refused(lab).splitlines()[1:]]
+    assert sorted(line.split(":")[0] for line in lines) == ["backbone_sha256", "device"]
+    compare(lab, ignore=("backbone_sha256", "device"))
 
 
 def test_ignored_settings_pass_and_are_named(tmp_path, capsys):

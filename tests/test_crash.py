@@ -112,10 +112,13 @@ def test_killed_at_operations_on_the_file_system_and_resumed(server, settings, w
 
 def test_killed_before_its_settings_are_there_is_no_obstacle(server, settings, whole, tmp_path):
     """The folder then holds a temporary file at most, and counts as empty, with --resume and without."""
-    for at, more in ((2, {}), (2, {"resume": True}), (3, {}), (3, {"resume": True})):
-        folder, few = tmp_path / f"{at}{len(more)}", settings | {"steps": 1}
+    resume = {"resume": True}
+    for at, before, more in ((2, False, {}), (2, False, resume), (3, True, {}), (3, True, resume), (3, False, resume)):
+        folder, few = tmp_path / f"{at}{before}{len(more)}", settings | {"steps": 1}
         assert server.run(folder, few, at=at).status == -signal.SIGKILL
-        assert [path.name[:15] for path in (folder / "run").iterdir()] == [".settings.json."] * (at - 2)
+        assert sorted(path.name[:15] for path in (folder / "run").iterdir()) == [".settings.json.", "settings.json"][:2 * (at - 2)]
+        if before:  # the moment before: it got its second name without an operation that is counted
+            (folder / "run/settings.json").unlink()
         assert server.run(folder, few | more).status == 0, (folder / "output").read_text()
         assert sorted(path.name for path in (folder / "run").iterdir()) == sorted(path.name for path in whole[0].iterdir() if path.is_file())
 

@@ -118,9 +118,11 @@ def test_summaries_count_wrong_unparsed_and_truncated_answers():
 def test_task_names_and_files():
     assert [task.name for task in evaluation.find_tasks(["math", "a/own.jsonl"])] == ["math", "own"]
     for names, message in ((["maths"], "maths"), (["math", "own", "none"], "own, none"), ([], "none"), (["math", "math"], "once"),
-                           (["math", "a/math.jsonl"], "once")):
+                           (["math", "a/math.jsonl"], "once"),
+                           (["a/gsm8k.jsonl", "a/math.jsonl", "a/mmlu_stem.jsonl"], r"rename them: a/gsm8k\.jsonl, a/mmlu_stem\.jsonl$")):
         with pytest.raises(ValueError, match=f"tasks: .*{message}"):
             evaluation.find_tasks(names)
+    assert evaluation.find_tasks(["a/math.jsonl"])[0].rules == evaluation.find_tasks(["math"])[0].rules  # judged alike: no harm
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
@@ -141,6 +143,8 @@ BAD = {
     "endless_integer": b'{"prompt": ' + b"1" * 5000 + b"}", "too_deep": b"[" * 100_000,
     "half_a_character": b'{"prompt": "\\ud800", "answer": "b"}', "half_a_character_in_the_answer": b'{"prompt": "a", "answer": "\\ud800"}',
     "half_a_character_in_the_id": b'{"prompt": "a", "answer": "b", "id": "\\ud800"}',
+    "completion_is_empty": b'{"prompt": "a", "answer": "b", "completion": ""}',
+    "the_answer_is_among_the_messages": b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "answer": "b"}',
 }
 
 
@@ -240,6 +244,43 @@ def test_scope_full_is_scored_as_a_backbone(lab, tmp_path, beside):
     assert adapted["backbone"] == str(run) and adapted["tasks"]["sevens"]["score"] == pytest.approx(100 * 6 / 9)
     flag = {"adapter": str(run)} if beside["talan"] else {"backbone": str(run)}
     assert adapted["tasks"] == score(tasks=lab.tasks[:1], out=str(tmp_path / "again"), **flag)
+    base = json.loads((run / "eval-base/results.json").read_text())
+    assert (base["run_seed"], adapted["run_seed"]) == (None, 0)
+    assert adapted["trained_from_sha256"] == base["backbone_sha256"] != adapted["backbone_sha256"] and "trained_from_sha256" not in base
+    evaluation.compare(evaluation.CompareSettings((str(run / "eval-base"),), (str(run / "eval-adapted"),), str(tmp_path), resamples=100))
+
+
+def test_only_a_run_has_a_seed(lab, tmp_path):
+    assert [evaluation.run_seed(name) for name in (str(lab.run), lab.model, "", "owner/name", str(tmp_path))] == [0, None, None, None, None]
+    (tmp_path / "settings.json").write_text('{"seed": "of something else"}')
+    assert evaluation.run_seed(str(tmp_path)) is None
+
+
+def test_other_weights_are_another_backbone(lab, tmp_path, monkeypatch):
+    """Where a score was interrupted, and where two are compared: config and tokenizer are the same."""
+    values, ran, run_task = {"backbone": str(tmp_path / "model"), "tasks": lab.tasks, "max_new_tokens": 2}, [], evaluation.run_task
+    shutil.copytree(lab.model, tmp_path / "model")
+    score(**values, out=str(tmp_path / "one"))
+
+    def stop(task, *args):
+        ran.append(task.name)
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        return run_task(task, *args)
+
+    monkeypatch.setattr(evaluation, "run_task", stop)
+    with pytest.raises(KeyboardInterrupt):
+        score(**values, out=str(tmp_path / "two"))
+    weights = load_file(tmp_path / "model/model.safetensors")
+    save_file({name: 1.5 * t for name, t in weights.items()}, tmp_path / "model/model.safetensors")
+    score(**values, out=str(tmp_path / "two"))
+    assert ran == ["sevens", "chats", "sevens", "chats"]
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert one["fingerprint"] == two["fingerprint"] and one["backbone_sha256"] != two["backbone_sha256"] and one["world"] == 1
+    sides = ((str(tmp_path / "one"),), (str(tmp_path / "two"),), str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="backbone_sha256: "):
+        evaluation.compare(evaluation.CompareSettings(*sides))
+    evaluation.compare(evaluation.CompareSettings(*sides, ignore=("backbone_sha256",), resamples=100))
 
 
 # ---------------------------------------------------------------- rescoring
@@ -261,6 +302,11 @@ def test_rescoring_needs_no_model_and_finds_a_tampered_verdict(lab, tmp_path, ca
     write(tmp_path / "records.jsonl", records)
     assert rescore(tmp_path / "records.jsonl")["sevens"]["score"] == pytest.approx(100 * 5 / 9)
     assert "2 verdicts changed" in capsys.readouterr().out
+
+
+def test_rows_without_a_reference_are_not_wrong_ones(lab):
+    with pytest.raises(ValueError, match=r"sevens\.jsonl: expected a reference solution.* 9: q0, q1, "):
+        evaluation.check_references(evaluation.Settings(tasks=lab.tasks[:1]))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "7", '{"task": "math"}', '{"task": ["math"], "id": "1"}'])
@@ -294,5 +340,5 @@ def test_mistakes_end_in_one_line(tmp_path):
 
 
 def test_a_folder_may_be_called_score(tmp_path):
-    done = python(str(ROOT / "eval.py"), "score", "--out", "score", "--rescore", "absent.jsonl", cwd=tmp_path)
-    assert "eval.py: absent.jsonl" in done.stderr
+    done = python(str(ROOT / "eval.py"), "score", "--out", "score", "--tasks", "absent.jsonl", cwd=tmp_path)
+    assert f"eval.py: {tmp_path}/absent.jsonl" in done.stderr

@@ -237,6 +237,20 @@ def test_a_normalizer_that_joins_characters_moves_no_label(tmp_path):
         "im_start user ⏎ Ã © im_end ⏎ im_start assistant ⏎ [Ã] [©] [yo] [im_end] ⏎")
 
 
+@pytest.mark.parametrize("strips", [{"rstrip": True}, {"lstrip": True, "rstrip": True}], ids=str)
+def test_trap_2_a_stop_token_that_takes_blanks_along_is_labelled(tmp_path, strips):
+    """The embedded tokenizer, its stop token set to swallow the newline that the template writes behind it, or the one before it too."""
+    for file in (ROOT / "data/tiny/model").glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    next(token for token in raw["added_tokens"] if token["content"] == "<|im_end|>").update(strips)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer, messages = load_tokenizer(tmp_path), chat("u:hi|a:yo|u:why|a:")  # an empty answer: only the newline before it
+    row, stop = encode_row(tokenizer, messages), tokenizer.core.token_to_id("<|im_end|>")
+    assert [s for i, s in zip(row.ids, row.supervised) if i == stop] == [False, True, False, True]
+    assert sum(encode_row(load_tokenizer(ROOT / "data/tiny/model"), messages).supervised) == sum(row.supervised)
+
+
 def test_labels_of_random_chats_equal_those_counted_in_bytes(tokenizer_of):
     """Another way to the same labels: each token's bytes, laid end to end, against the bytes of the turns as ChatML is defined."""
     tokenizer, rng = tokenizer_of("chatml"), random.Random(0)
@@ -288,6 +302,14 @@ def test_trap_2_a_turn_without_a_stop_token_raises(tmp_path, end):
     tokenizer = build(tmp_path, ("<|im_start|>", "<|im_end|>"), CHATML.replace("'<|im_end|>'", end), eos_token="<|im_end|>")
     with pytest.raises(ValueError, match="no stop token follows"):
         encode_row(tokenizer, chat("u:hi|a:yo"))
+
+
+def test_trap_2_a_stop_token_that_the_tokenizer_splits_raises(tmp_path):
+    """Its text follows every turn and it has an id, but none of the added tokens is it: the model would never see it."""
+    tokenizer = build(tmp_path, ("<|im_start|>",), CHATML.replace("<|im_end|>", "yo"), eos_token="yo")
+    assert encode_row(tokenizer, chat("u:hi|a:why")).supervised[-2]
+    with pytest.raises(ValueError, match="splits the stop token of 1 of the 2 assistant turns"):
+        encode_row(tokenizer, chat("u:hi|a:why|a:so "))
 
 
 @pytest.mark.parametrize("text", [f"u:hi|a:{train.OPEN}yo", f"u:{train.CLOSE}|a:yo"])

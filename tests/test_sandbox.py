@@ -146,6 +146,15 @@ def test_many_programs_in_order_and_in_parallel():
     assert run_programs([]) == []
 
 
+@pytest.mark.parametrize("processes, asked, want", [(None, 0, 8), ("3", 0, 2), ("16", 0, 1), ("16", 5, 5)])
+def test_torchrun_s_processes_share_the_cores(monkeypatch, processes, asked, want):
+    seen, pool = [], sandbox.ThreadPoolExecutor
+    monkeypatch.setattr(sandbox, "ThreadPoolExecutor", lambda workers: seen.append(workers) or pool(workers))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes) if processes else monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert run_programs([], workers=asked) == [] and seen == [want]
+
+
 def test_a_large_job_arrives_whole():
     assert run_program(HONEST, f"x = {'7' * 2000000!r}\nassert len(x) == 2000000\n" + TESTS, replace(LIMITS, memory_mb=2048)).passed
 

@@ -287,6 +287,40 @@ def test_a_run_from_other_data_is_refused(go, copy):
         go(copy)
 
 
+RATES = {"seeds": ("0",), "lrs": ("1e-3", "2e-3"), "steps": 1}
+
+
+def test_a_sweep_of_rates_that_is_refused_or_stopped_loses_nothing(go, tmp_path, monkeypatch):
+    out = go(tmp_path / "out", **RATES)
+    assert stored(out / "sweep.json")["held_out_losses"]
+    message = refused(go, out, **RATES, width=4)
+    assert f"{out}/lr-0.001/candidate: width: this command says 4, the run has 8" in message
+    before = contents(out)
+    monkeypatch.setattr(sweep, "score_base", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit):
+        go(out, **RATES)
+    assert contents(out) == before
+
+
+def test_of_two_sweeps_without_out_the_slower_is_refused(go, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "check_runs", lambda *_: Path("runs/1").mkdir(parents=True))  # the other one, just now
+    with pytest.raises(FileExistsError):
+        go("")
+    assert not list(Path("runs/1").iterdir())
+
+
+def test_the_backbone_is_scored_by_deterministic_algorithms_too(go, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.setattr(sweep, "score", lambda settings: sys.exit(7 + torch.are_deterministic_algorithms_enabled()))
+    try:
+        with pytest.raises(SystemExit) as end:
+            go(tmp_path / "out", deterministic=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert end.value.code == 8
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"paired": False}, "--seeds, --lrs, --paired-control and --vary go with --paired"), ({"seed": 3}, "--seed: --seeds names them"),
     ({"lr": 0.1, "lrs": ("0.1", "0.2")}, "--lr: --lrs tries several"), ({"talan": False}, "--no-talan"), ({"adapter": "none"}, "--adapter none"),
@@ -294,7 +328,8 @@ def test_a_run_from_other_data_is_refused(go, copy):
     ({"paired_control": "width"}, "expected none or rank, found 'width'"), ({"seeds": ()}, "--seeds: expected .* found none"),
     ({"seeds": ("3-1", "x", "4")}, "--seeds: expected .* found 3-1, x$"), ({"seeds": ("0-2", "1", "2")}, "each once, found 1, 2 more often"),
     ({"lrs": ("0.1",)}, "--lrs: expected at least two .* found 0.1"), ({"lrs": ("0.1", "fast")}, "--lrs: .* found 0.1, fast"),
-    ({"lrs": ("0.1", "1e-1", "2")}, "--lrs: .*different"), ({"lrs": ("0.1", "-1")}, "--lrs: .*above 0"),
+    ({"lrs": ("0.1", "1e-1", "2")}, "--lrs: .*different"), ({"lrs": ("0.1", "0.1000000001", "2")}, "--lrs: .*different in their first six digits"),
+    ({"resume": True}, "--resume: the same command without it goes on"), ({"lrs": ("0.1", "-1")}, "--lrs: .*above 0"),
     ({"rank": 14, "width": 64, "paired_control": "rank"}, "rank .* is larger than"), ({"repeat": "x"}, "leave out .*--paired"),
 ])
 def test_flags_that_are_refused(go, tmp_path, changes, message):
@@ -430,6 +465,20 @@ def test_keeping_again_gives_the_same_bytes_and_nothing_else_is_replaced(done, t
     assert not (tmp_path / "new").exists() and not any((tmp_path / "mine").iterdir())
 
 
+def test_half_a_sweep_is_not_kept(copy, tmp_path):
+    """All that sweep.json names has scores; runs of seeds that it does not name are kept beside them."""
+    told = stored(copy / "sweep.json")
+    told["runs"] = {run: digest for run, digest in told["runs"].items() if "seed-1" in run}
+    (copy / "sweep.json").write_text(json.dumps(told))
+    shutil.rmtree(copy / "seed-0/control/eval-adapted")
+    assert len(list(keep.keep(copy, tmp_path / "kept"))) == 13 and (tmp_path / "kept/seed-0/baseline").exists()
+    shutil.rmtree(copy / "seed-1/candidate/eval-adapted")
+    shutil.rmtree(copy / "base")
+    with pytest.raises(ValueError, match="copy: not finished, without scores: seed-1/candidate, base$"):
+        keep.keep(copy, tmp_path / "half")
+    assert not (tmp_path / "half").exists()
+
+
 def test_the_list_of_what_is_kept(varied, tmp_path, capsys):
     keep.main({"sweep": str(varied), "out": str(tmp_path / "records/one")})
     told = stored(tmp_path / "records/one/sweep.json")
@@ -545,15 +594,19 @@ def test_sides_with_different_rates_are_compared_and_it_is_said(go, tmp_path, mo
     assert "lowest at an end of the grid: candidate;" in text
 
 
-def test_a_rate_that_diverges_is_not_taken(tiny, tmp_path, capsys):
+def test_a_rate_that_diverges_is_not_taken(tiny, tmp_path, capsys, monkeypatch):
     settings = train.Settings(**test_train.flags(tiny, "", steps=3, talan=False, clip=0.0))
-    losses = sweep.choose_rates({"baseline": settings}, [1e-3, 1e29], tmp_path, Ranks(), False)
+    losses = sweep.choose_rates(sweep.grid_of({"baseline": settings}, [1e-3, 1e29], tmp_path), Ranks())
     assert losses["baseline"][1e29] == math.inf and math.isfinite(losses["baseline"][1e-3]) and sweep.lowest(losses["baseline"]) == 1e-3
     assert "nonfinite-step-" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no finite loss at any of 1, 2"):
         sweep.lowest({1.0: math.inf, 2.0: math.inf})
     with pytest.raises(ValueError, match="dev_rows"):  # any other error is one
         sweep.held_out_loss(train.replace(settings, dev_rows=10_000), tmp_path / "bad", Ranks())
+    monkeypatch.setattr(sweep, "do_run", lambda *_: None)
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "dev", "loss": 1.0}\n{"kind": "dev", "loss": NaN}\n')
+    assert sweep.held_out_loss(settings, tmp_path, Ranks()) == math.inf
+    assert sweep.lowest({1.0: math.nan, 2.0: 0.5, 3.0: math.nan}) == 2.0 and sweep.lowest({1.0: 0.5, 2.0: math.nan}) == 1.0
 
 
 def test_of_equal_losses_the_smallest_rate():

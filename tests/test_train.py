@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -563,8 +564,8 @@ def test_long_rows_are_dropped_or_cut_and_counted(tiny, tmp_path):
     assert cut == [rows[0], train.Row(rows[1].ids[:50], rows[1].supervised[:50])]
     assert counts == {"read": 3, "too_long": 0, "truncated": 2, "unlabelled": 1}
     assert load(max_tokens=len(rows[0].ids))[0] == rows[:1]  # just fits
-    for budget in ({"step_tokens": 50}, {"micro_tokens": 50}):
-        assert load(**budget)[0] == rows[:1]  # a row must fit into a micro-batch
+    for budget in ({"step_tokens": 50}, {"micro_tokens": 50}, {"step_tokens": 50, "micro_tokens": 500}):
+        assert load(**budget)[0] == rows[:1]  # a row must fit into a micro-batch, and into a step
     with pytest.raises(ValueError, match="no usable row.*'too_long': 3"):
         load(max_tokens=3)
 
@@ -612,6 +613,13 @@ def test_dry_run_prints_and_writes_nothing(tiny, tmp_path, capsys, monkeypatch):
         assert "<|im_start|>assistant\n[[" in text and text.rstrip().endswith("<|im_end|>]]")
 
 
+def test_counts_of_both_kinds_of_rows_are_printed(tiny, tmp_path, capsys):
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps({"prompt": "hi", "completion": "7 " * n}) + "\n" for n in (1, 60)))
+    train.main(flags(tiny, "", dry_run=True, dev_data=(str(tmp_path / "dev.jsonl"),), max_tokens=100))
+    out = capsys.readouterr().out
+    assert "\nrows: 62 read, " in out and "\nheld-out rows: 2 read, 1 too long, 0 truncated, 0 unlabelled\n" in out
+
+
 def test_a_misspelt_flag_names_the_nearest():
     with pytest.raises(SystemExit, match="--dropuot.*did you mean --dropout"):
         given(train.Settings, ["--dropuot", "0.1"])
@@ -655,7 +663,8 @@ def test_overwrite_refuses_what_is_no_run(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("mistake", [{"site": "nowhere"}, {"data": ("absent.jsonl",)}, {"backbone": "absent"}, {"dev_rows": 62}, {"rank": 999},
-                                     {"layers": ("first",)}, {"dtype": "float8"}], ids=lambda m: next(iter(m)))
+                                     {"layers": ("first",)}, {"dtype": "float8"}, {"mixer": "bogus", "talan": False}, {"slots": -3, "talan": False},
+                                     {"alpha": 0.0, "adapter": "none"}], ids=lambda m: next(iter(m)))
 def test_a_mistake_on_the_command_line_costs_nothing(tiny, tmp_path, mistake):
     """It makes no run folder, and with --overwrite it leaves the old run as it was."""
     with pytest.raises(ValueError):
@@ -667,6 +676,64 @@ def test_a_mistake_on_the_command_line_costs_nothing(tiny, tmp_path, mistake):
     with pytest.raises(ValueError):
         start(tiny, run, overwrite=True, **mistake)
     assert (run / "settings.json").exists()
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"warmup": 1.5}, "--warmup: expected a share, at most 1, found 1.5"), ({"min_lr": 1.01}, "--min-lr: expected a share, at most 1, found 1.01"),
+    ({"resume": True, "overwrite": True}, "--resume goes on with the run that --overwrite deletes")], ids=lambda value: str(value)[:12])
+def test_settings_that_are_refused(wrong, message):
+    assert train.Settings(warmup=1.0, min_lr=1.0).warmup == 1
+    with pytest.raises(ValueError, match=message):
+        train.Settings(**wrong)
+
+
+@pytest.fixture
+def raced(tiny, monkeypatch):
+    """Start a run while another start into the same folder, with seed 1, loads its model; what that one raises is raised."""
+    build = train.build_model
+
+    def race(out):
+        def other_first(*args):
+            monkeypatch.setattr(train, "build_model", build)
+            start(tiny, out, steps=1)
+            return build(*args)
+
+        monkeypatch.setattr(train, "build_model", other_first)
+        start(tiny, out, steps=1, seed=1)
+
+    return race
+
+
+def test_of_two_starts_into_one_folder_the_slower_is_refused(raced, tmp_path):
+    with pytest.raises(ValueError, match="run: exists; --resume goes on with it"):
+        raced(tmp_path / "run")
+    assert [line["kind"] for line in metrics(tmp_path / "run")] == ["run", "dev", "step", "dev"] and not list((tmp_path / "run").glob(".*"))
+    assert json.loads((tmp_path / "run/settings.json").read_text())["seed"] == 0 == metrics(tmp_path / "run")[0]["settings"]["seed"]
+
+
+def test_of_two_starts_without_out_the_slower_takes_another_number(raced, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    raced("")
+    assert [metrics(tmp_path / "runs" / name)[0]["settings"]["seed"] for name in ("1", "2")] == [0, 1]
+
+
+def test_a_file_system_without_links_will_do(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError("no links here")))
+    assert (start(tiny, tmp_path / "run", steps=1) / "train_state.json").exists()
+
+
+def test_scoring_begins_without_the_trained_model_and_its_errors_are_its_own(tiny, tmp_path, monkeypatch):
+    built, left, build = [], [], train.build_model
+    monkeypatch.setattr(train, "build_model", lambda *args: (model := build(*args), built.append(weakref.ref(model)))[0])
+
+    def fail(settings):
+        left.append(built[0]())
+        raise OSError("no answer")
+
+    monkeypatch.setattr(train, "score", fail)
+    with pytest.raises(OSError, match="^no answer$"):
+        start(tiny, tmp_path / "run", steps=1, tasks=("math",))
+    assert left == [None] and (tmp_path / "run/train_state.json").exists()
 
 
 def test_without_out_the_next_free_number_is_taken(tiny, tmp_path, monkeypatch):
