@@ -19,12 +19,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_versions_agree():
-    """The newest torch is the pinned one; the README names both ends of each range, and the oldest Python is the linters'."""
+    """The newest torch is the pinned one; the README names the first and last Python and both torches; the oldest Python is the linters'."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
     assert MATRIX["torch"][-1] == PINNED["torch"] and len(MATRIX["torch"]) == 2
     oldest, newest = MATRIX["python"][0], MATRIX["python"][-1]
     short = [version.rpartition(".")[0] for version in MATRIX["torch"]]
-    assert f"Python {oldest} to {newest}, torch {short[0]} to {short[1]}, Linux and macOS" in " ".join(README.split())
+    assert f"Python {oldest} to {newest}, torch {short[0]} and {short[1]}, Linux and macOS" in " ".join(README.split())
     assert project["mypy"]["python_version"] == oldest and project["ruff"]["target-version"] == "py" + oldest.replace(".", "")
     assert {step["with"]["python-version"] for step in WORKFLOW["jobs"]["lint"]["steps"] if "with" in step} == {oldest}
     assert {name.split("-")[0] for name in MATRIX["os"]} == {"ubuntu", "macos"}
