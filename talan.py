@@ -292,16 +292,16 @@ class ScaleGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.g if ctx.g else torch.zeros_like(grad), None  # infinity x 0 would be NaN
+        return grad * ctx.g, None
 
 
 def scale_grad(x: Tensor, g: float) -> Tensor:
-    """x, with its gradient multiplied by g; at 0 it is zero.
+    """x, with its gradient multiplied by g; 0 detaches.
 
     Under Adam a constant factor on a parameter's gradient cancels in m / sqrt(v), save through global-norm clipping and
     eps. For a visible change of pace use the side path's learning-rate multiplier (`talan_lr_scale` in train.py).
     """
-    return x if g == 1 else ScaleGrad.apply(x, g)
+    return x if g == 1 else x.detach() if g == 0 else ScaleGrad.apply(x, g)
 
 
 class SidePath(nn.Module):

@@ -407,7 +407,7 @@ def test_fsdp_is_refused_where_it_is_of_no_use(lab, tmp_path):
 def test_two_processes_equal_one(lab, two, name):
     runs, seen = two
     assert [each["ended"] for each in seen[name]] == ["well", "well"], seen[name]
-    assert_close(runs / name, lab.one(name, SAME[name]), atol=2e-5 if name == "fsdp-idle" else 1e-5)  # the roughest of them
+    assert_close(runs / name, lab.one(name, SAME[name]))
     assert len({each["trained"] for each in seen[name]}) == 1  # bit for bit
 
 

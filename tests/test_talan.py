@@ -388,7 +388,6 @@ def test_scale_grad_is_the_identity_forward(g):
     assert torch.equal(x, y) and y.dtype == x.dtype
     (y.square().sum() + 0 * x.sum()).backward()
     torch.testing.assert_close(x.grad, g * 2 * x.detach())
-    assert torch.equal(torch.autograd.grad(scale_grad(x, g).sum(), x)[0], torch.full_like(x, g))
 
 
 def adam_run(folder, grad_scale, clip):
