@@ -44,6 +44,15 @@ def test_the_list_of_what_is_kept(capsys):
     assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [line.rstrip() for line in printed.splitlines()]
 
 
+def test_the_time_of_the_miniature_is_the_sum_of_its_parts():
+    """Seconds of pretraining as they stand in the text, and the minutes of its sweeps from the last table."""
+    seconds = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) s \(?(?:1m|4m|8m|llama)\)", TEXT)]
+    lines = re.findall(r"^mini/(?!1m-dora-rates)\S+ .* ([\d.]+) +([\d.]+) +([\d.]+)$", TEXT, re.M)
+    parts = round(sum(seconds) / 60), round(sum(float(minutes) for line in lines for minutes in line))
+    assert len(seconds) == 4 and len(lines) == 19 and sum(parts) < 2 * 180
+    assert f"{parts[0]} + {parts[1]} core-minutes, {round(sum(parts) / 2)} minutes for two processes" in TEXT
+
+
 def test_every_kept_sweep_is_in_the_text():
     sweeps = [file.parent.relative_to(ROOT).as_posix() for file in sorted(RECORDS.rglob("sweep.json"))]
     shown = {Path(name).parents[1].relative_to(ROOT).as_posix() for command, _ in BLOCKS
