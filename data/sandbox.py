@@ -54,7 +54,17 @@ PROBES = {  # sentence: what must fail in a confined program; ELSEWHERE is a fil
     "no mount namespace: a program can fill the disk, and change modes and times of its user's files": "os.chmod(ELSEWHERE, 0o666)",
 }
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
-READABLE = (sys.prefix, sys.base_prefix, *sys.path, "/usr", "/lib", "/lib64", "/nix/store", "/etc/ld.so.cache", "/etc/localtime")
+READABLE = (
+    sys.prefix,
+    sys.base_prefix,
+    *sys.path,
+    "/usr",
+    "/lib",
+    "/lib64",
+    "/nix/store",
+    "/etc/ld.so.cache",
+    "/etc/localtime",
+)
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 EXECUTE, WRITE, READ, LIST, TRUNCATE = 1, 2, 4, 8, 1 << 14  # Landlock's rights
 LIBC = ctypes.CDLL(None)  # for the calls that Python has no name for
@@ -84,19 +94,27 @@ def run_program(program: str, tests: str, limits: Limits = Limits()) -> Verdict:
     return run(program, tests, limits, threading.Event())[0]
 
 
-def run_programs(jobs: Sequence[tuple[str, str]], limits: Limits = Limits(), workers: int = 0) -> list[Verdict]:  # noqa: B008
+def run_programs(
+    jobs: Sequence[tuple[str, str]], limits: Limits = Limits(), workers: int = 0
+) -> list[Verdict]:  # noqa: B008
     """Verdicts of (program, tests) pairs, in their order; 0 workers: one a usable core, torchrun's processes share them.
 
     Ctrl-C ends all programs, then raises.
     """
     from tqdm import tqdm  # not at the top: every child imports this file
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     stop = threading.Event()
-    with ThreadPoolExecutor(workers or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) as pool:
+    with ThreadPoolExecutor(
+        workers or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    ) as pool:
         futures = [pool.submit(run, program, tests, limits, stop) for program, tests in jobs]
         try:
-            for _ in tqdm(as_completed(futures), "programs", len(futures), disable=None, leave=False):
+            for _ in tqdm(
+                as_completed(futures), "programs", len(futures), disable=None, leave=False
+            ):
                 pass
             return [future.result()[0] for future in futures]
         except BaseException:
@@ -116,34 +134,55 @@ def missing_protections() -> list[str]:
         verdict, output = run(program, "", Limits(), threading.Event())
     if not verdict.passed:
         return [f"the sandbox does not work here, every program will fail: {verdict.why}"]
-    return [sentence for number, sentence in enumerate(PROBES) if str(number) in output.decode().split()]
+    return [
+        sentence for number, sentence in enumerate(PROBES) if str(number) in output.decode().split()
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Outside: one child a program
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def run(program: str, tests: str, limits: Limits, stop: threading.Event) -> tuple[Verdict, bytes]:
     """Verdict and output; afterwards no process and no folder is left. `stop` ends it early."""
     token = secrets.token_hex(32).encode()
     folder = tempfile.mkdtemp(prefix="sandbox-")
     try:
-        with subprocess.Popen([sys.executable, "-I", "-B", __file__, *map(str, astuple(limits))], cwd=folder, start_new_session=True,
-                              env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},  # numpy's threads would count as processes
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        with subprocess.Popen(
+            [sys.executable, "-I", "-B", __file__, *map(str, astuple(limits))],
+            cwd=folder,
+            start_new_session=True,
+            env={
+                "OMP_NUM_THREADS": "1",
+                "OPENBLAS_NUM_THREADS": "1",
+            },  # numpy's threads would count as processes
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as child:
             try:
-                why, output, channel = collect(child, marshal.dumps((token, program, tests)), token, limits, stop)
+                why, output, channel = collect(
+                    child, marshal.dumps((token, program, tests)), token, limits, stop
+                )
             finally:
                 end(child)
     finally:
         remove(folder)
     if not why and token in channel:
         return Verdict(True, "passed"), output
-    said = "".join(c if c.isprintable() else " " for c in channel.decode("utf-8", "replace").strip().rpartition("\n")[2][:200])
-    return Verdict(False, why or said or f"ended before its tests did (exit code {child.returncode})"), output
+    said = "".join(
+        c if c.isprintable() else " "
+        for c in channel.decode("utf-8", "replace").strip().rpartition("\n")[2][:200]
+    )
+    return Verdict(
+        False, why or said or f"ended before its tests did (exit code {child.returncode})"
+    ), output
 
 
-def collect(child: subprocess.Popen[bytes], job: bytes, token: bytes, limits: Limits, stop: threading.Event) -> tuple[str, bytes, bytes]:
+def collect(
+    child: subprocess.Popen[bytes], job: bytes, token: bytes, limits: Limits, stop: threading.Event
+) -> tuple[str, bytes, bytes]:
     """Hand the job over and read until the child ends, its token comes or a limit is met: (limit or "", output, verdict pipe)."""
     assert child.stdin and child.stdout and child.stderr
     output, channel = bytearray(), bytearray()
@@ -160,8 +199,19 @@ def collect(child: subprocess.Popen[bytes], job: bytes, token: bytes, limits: Li
                 key.data.extend(piece)
                 if not piece:
                     ready.unregister(key.fd)
-            too_much, late = len(output) + len(channel) > limits.output_bytes, time.monotonic() > deadline
-            why = "output limit" if too_much else f"time limit of {limits.seconds:g} s" if late else "interrupted" if stop.is_set() else ""
+            too_much, late = (
+                len(output) + len(channel) > limits.output_bytes,
+                time.monotonic() > deadline,
+            )
+            why = (
+                "output limit"
+                if too_much
+                else f"time limit of {limits.seconds:g} s"
+                if late
+                else "interrupted"
+                if stop.is_set()
+                else ""
+            )
     return why, bytes(output), bytes(channel)
 
 
@@ -180,19 +230,26 @@ def remove(folder: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     if os.path.lexists(folder):
         for command in (["chmod", "-R", "u+rwx", folder], ["rm", "-rf", folder]):
-            subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+            subprocess.run(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Inside: `python -I sandbox.py LIMITS` with (token, program, tests) on stdin, output on stdout, the verdict on stderr
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def supervise(limits: Limits) -> None:
     """Start the worker, and kill it when it ends, on SIGTERM, or after the time limit should nobody send one."""
-    user = os.getuid() or 50000 + os.getpid() % 10000  # for root: a user without processes that it could signal
+    user = (
+        os.getuid() or 50000 + os.getpid() % 10000
+    )  # for root: a user without processes that it could signal
     alone = enter_namespaces()
     stops = (signal.SIGCHLD, signal.SIGTERM, signal.SIGALRM)
-    signal.signal(signal.SIGCHLD, lambda *_: None)  # ignored otherwise, which sigwait would not see on every system
+    signal.signal(
+        signal.SIGCHLD, lambda *_: None
+    )  # ignored otherwise, which sigwait would not see on every system
     signal.pthread_sigmask(signal.SIG_BLOCK, stops)
     worker = os.fork()
     if not worker:
@@ -214,8 +271,15 @@ def enter_namespaces() -> bool:
     user, group, flags = os.getuid(), os.getgid(), NEWNS | NEWIPC | NEWPID | NEWNET
     if LIBC.unshare(flags if user == 0 else flags | NEWUSER) != 0:
         return False
-    for file, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")) if user else ():
-        with contextlib.suppress(OSError), open(f"/proc/self/{file}", "w") as ids:  # refused where AppArmor limits user namespaces
+    for file, text in (
+        (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1"))
+        if user
+        else ()
+    ):
+        with (
+            contextlib.suppress(OSError),
+            open(f"/proc/self/{file}", "w") as ids,
+        ):  # refused where AppArmor limits user namespaces
             ids.write(text)
     return True
 
@@ -227,7 +291,12 @@ def confine(limits: Limits, user: int, alone: bool) -> None:
             mount_folder(user, limits.file_mb)
         LIBC.prctl(8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS: drop_capabilities may need one
     if user != os.getuid():
-        for drop in (lambda: os.chown(".", user, user), lambda: os.setgroups([]), lambda: os.setgid(user), lambda: os.setuid(user)):
+        for drop in (
+            lambda: os.chown(".", user, user),
+            lambda: os.setgroups([]),
+            lambda: os.setgid(user),
+            lambda: os.setuid(user),
+        ):
             with contextlib.suppress(OSError):
                 drop()
     if sys.platform == "linux":
@@ -240,20 +309,35 @@ def confine(limits: Limits, user: int, alone: bool) -> None:
 
 def mount_folder(user: int, megabytes: int) -> None:
     """Every mount read-only, services' sockets in /run hidden, the working folder in memory. Only in a mount namespace of our own!"""
-    read_only = struct.pack("=4Q", 1, 0, 1 << 18, 0)  # MOUNT_ATTR_RDONLY, MS_PRIVATE: nothing travels back
-    if LIBC.syscall(442, -100, b"/", 0x8000, read_only, 32) == 0:  # mount_setattr, all below; Linux >= 5.12
+    read_only = struct.pack(
+        "=4Q", 1, 0, 1 << 18, 0
+    )  # MOUNT_ATTR_RDONLY, MS_PRIVATE: nothing travels back
+    if (
+        LIBC.syscall(442, -100, b"/", 0x8000, read_only, 32) == 0
+    ):  # mount_setattr, all below; Linux >= 5.12
         folder = os.getcwd()
         if not folder.startswith("/run/"):
             LIBC.mount(b"sandbox", b"/run", b"tmpfs", 7, None)
-        LIBC.mount(b"sandbox", os.fsencode(folder), b"tmpfs", 6, f"size={megabytes}m,nr_inodes=10k,mode=700,uid={user},gid={os.getgid()}".encode())
+        LIBC.mount(
+            b"sandbox",
+            os.fsencode(folder),
+            b"tmpfs",
+            6,
+            f"size={megabytes}m,nr_inodes=10k,mode=700,uid={user},gid={os.getgid()}".encode(),
+        )
         os.chdir(folder)
 
 
 def drop_capabilities() -> None:
     """All of them; but where root's interpreter lies in a folder closed to others, one to read it stays. Landlock bounds that one."""
     closed = not all(os.access(path, os.R_OK) for path in (os.__file__, sys.prefix))
-    for keep in ((4, 2, 0) if closed else (0,)):  # CAP_DAC_READ_SEARCH, else CAP_DAC_OVERRIDE
-        if LIBC.capset(struct.pack("=2I", 0x20080522, 0), struct.pack("=6I", keep, keep, 0, 0, 0, 0)) == 0:
+    for keep in (4, 2, 0) if closed else (0,):  # CAP_DAC_READ_SEARCH, else CAP_DAC_OVERRIDE
+        if (
+            LIBC.capset(
+                struct.pack("=2I", 0x20080522, 0), struct.pack("=6I", keep, keep, 0, 0, 0, 0)
+            )
+            == 0
+        ):
             return
 
 
@@ -263,11 +347,19 @@ def landlock() -> None:
     if version < 1:
         return
     every = (1 << (13, 14, 15, 15, 16)[min(version, 5) - 1]) - 1
-    rules = struct.pack("=3Q", every, 3 if version >= 4 else 0, 3 if version >= 6 else 0)[:8 if version < 4 else 16 if version < 6 else 24]
+    rules = struct.pack("=3Q", every, 3 if version >= 4 else 0, 3 if version >= 6 else 0)[
+        : 8 if version < 4 else 16 if version < 6 else 24
+    ]
     ruleset = LIBC.syscall(444, rules, len(rules), 0)
-    for rights, paths in ((every, ["."]), (EXECUTE | READ | LIST, READABLE), (READ | WRITE, DEVICES)):
+    for rights, paths in (
+        (every, ["."]),
+        (EXECUTE | READ | LIST, READABLE),
+        (READ | WRITE, DEVICES),
+    ):
         for path in filter(os.path.exists, paths):
-            allowed = rights if os.path.isdir(path) else rights & (EXECUTE | WRITE | READ | TRUNCATE)
+            allowed = (
+                rights if os.path.isdir(path) else rights & (EXECUTE | WRITE | READ | TRUNCATE)
+            )
             file = os.open(path, os.O_PATH)
             LIBC.syscall(445, ruleset, 1, struct.pack("=Qi", allowed & every, file), 0)
             os.close(file)
@@ -277,8 +369,14 @@ def landlock() -> None:
 
 def set_limits(limits: Limits) -> None:
     """Hard resource limits, none above what this process has already."""
-    wanted = {"CPU": int(limits.seconds) + 2, "FSIZE": limits.file_mb * 2**20, "CORE": 0, "NOFILE": 64, "AS": limits.memory_mb * 2**20,
-              "NPROC": limits.processes and limits.processes + 1}  # itself is one; 0 forbids all even where the user has others
+    wanted = {
+        "CPU": int(limits.seconds) + 2,
+        "FSIZE": limits.file_mb * 2**20,
+        "CORE": 0,
+        "NOFILE": 64,
+        "AS": limits.memory_mb * 2**20,
+        "NPROC": limits.processes and limits.processes + 1,
+    }  # itself is one; 0 forbids all even where the user has others
     for name, value in wanted.items():
         kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]
@@ -289,11 +387,17 @@ def set_limits(limits: Limits) -> None:
 
 def work() -> None:
     """Exec program and tests, then leave with the token written, or else with a line on what went wrong."""
-    channel, leave, anything = os.dup(2), os._exit, BaseException  # as names, which the program cannot replace
+    channel, leave, anything = (
+        os.dup(2),
+        os._exit,
+        BaseException,
+    )  # as names, which the program cannot replace
     os.dup2(1, 2)
     table, spare = vars(builtins), dict(vars(builtins))
     try:
-        any(itertools.starmap(exec, steps(channel)))  # in C: no frame that the program can walk to holds the token
+        any(
+            itertools.starmap(exec, steps(channel))
+        )  # in C: no frame that the program can walk to holds the token
     except anything as error:
         table.update(spare)
         os.write(channel, b"\n" + reason(error))
@@ -305,9 +409,19 @@ def steps(channel: int) -> Iterator[tuple[types.CodeType, dict[str, object]]]:
     with open(0, "rb", closefd=False) as job:
         token, program, tests = marshal.loads(job.read())
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    linecache.cache["<tests>"] = (len(tests), None, [line + "\n" for line in tests.split("\n")], "<tests>")
-    body, checks = compile(program, "<program>", "exec", dont_inherit=True), compile(tests, "<tests>", "exec", dont_inherit=True)
-    module = types.ModuleType("program")  # not "__main__": as in HumanEval's own harness, `if __name__ == "__main__":` is false
+    linecache.cache["<tests>"] = (
+        len(tests),
+        None,
+        [line + "\n" for line in tests.split("\n")],
+        "<tests>",
+    )
+    body, checks = (
+        compile(program, "<program>", "exec", dont_inherit=True),
+        compile(tests, "<tests>", "exec", dont_inherit=True),
+    )
+    module = types.ModuleType(
+        "program"
+    )  # not "__main__": as in HumanEval's own harness, `if __name__ == "__main__":` is false
     sys.modules.update(__main__=module, program=module)
     sys.argv = ["program"]
     names, pristine, write, leave = vars(module), dict(vars(builtins)), os.write, os._exit

@@ -8,17 +8,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.task import choose
-from data.tasks import TASKS
+from data.tasks import TASKS, best_choice
 
 
 def judge(case: dict[str, Any]) -> dict[str, Any]:
     """What data/ says of one case: RULE is TASK.NAME, of a task's rules, of its programs, or of the choices."""
     name, _, rule = case["rule"].partition(".")
     if "choices" in case:
-        return {"chosen": choose(case["logprobs"], case["choices"], rule)}
+        return {"chosen": best_choice(case["logprobs"], case["choices"], rule)}
     if "prompt" in case:
         return {"program": TASKS[name].program(case, case["completion"], rule)}
     way = TASKS["math" if name == "tiny" else name].rules[rule]  # the embedded tasks share one rule
     found = way.extract(case["completion"])
-    return {"extracted": found, "correct": found is not None and way.grade(found, case["answer"])}
+    return {"extracted": found, "correct": found is not None and way.equal(found, case["answer"])}

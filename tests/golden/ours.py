@@ -16,7 +16,8 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 import talan
 import train
-from model import Cache, Transformer, generate, load_model, load_tokenizer
+from data.chat import Row, encode_row, load_tokenizer
+from model import Cache, Transformer, generate, load_model
 from talan import SidePath, TalanConfig, load_adapter, merge_adapter
 
 Case = dict[str, Any]
@@ -92,7 +93,7 @@ def train_case(case: Case, inputs: Tensors) -> dict[str, Any]:
     model, settings = load(case).train(), case["optimizer"]
     name_of = lambda name: talan.peft_name(name) if talan.group_of(name) == "adapter" else name
     learning = {name_of(name): p for name, p in model.named_parameters() if p.requires_grad}
-    rows = [train.Row(ids[:n].tolist(), supervised[:n].astype(bool).tolist())
+    rows = [Row(ids[:n].tolist(), supervised[:n].astype(bool).tolist())
             for ids, supervised, n in zip(inputs["tokens"], inputs["supervised"], inputs["lengths"])]
     batch, out = train.make_batch(rows, "cpu"), {}
     optimizer = train.build_optimizer(model, train.Settings(**{key: settings[key] for key in ("lr", "weight_decay", "talan_lr_scale")}))
@@ -121,9 +122,9 @@ def decode_case(case: Case, inputs: Tensors) -> dict[str, Any]:
     model, (tokens, lengths) = load(case), batch_of(inputs)
     rows, steps = torch.arange(len(tokens)), torch.from_numpy(inputs["next"])
     cache = Cache(model.config, len(tokens), tokens.shape[1] + steps.shape[1])
-    out: dict[str, Any] = {"prefill": model(tokens, cache, lengths)[rows, lengths - 1], "lengths": cache.lengths}
+    out: dict[str, Any] = {"prefill": model(tokens, cache, lengths)[rows, lengths - 1], "lengths": cache.lengths.clone()}
     for layer, (num, den) in cache.side.items():
-        out |= {f"num.{layer}": num, f"den.{layer}": den}
+        out |= {f"num.{layer}": num.clone(), f"den.{layer}": den.clone()}
     for n in range(steps.shape[1]):
         out[f"step.{n}"] = model(steps[:, n:n + 1], cache)[:, 0]
     return out
@@ -142,7 +143,7 @@ def labels_case(case: Case, inputs: Tensors) -> dict[str, Any]:
     """UTF-8 bytes of the rendered text and of the prompt, token ids of both, which of the text's are supervised, the stop ids."""
     tokenizer, messages = load_tokenizer(HERE / case["tokenizer"]), case["messages"]
     last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
-    row, text = train.encode_row(tokenizer, messages), tokenizer.render(messages)
+    row, text = encode_row(tokenizer, messages), tokenizer.render(messages)
     prompt = tokenizer.render(messages[:last], add_generation_prompt=True)
     utf8 = lambda s: np.frombuffer(s.encode(), np.uint8)
     return {"text": utf8(text), "ids": row.ids, "supervised": row.supervised, "stop_ids": tokenizer.eos_ids,
