@@ -1,4 +1,4 @@
-"""What every script shares: command lines, files, seeds, devices, several processes."""
+"""What every script shares: command lines, files, seeds, devices, records, several processes."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).resolve().parent
 Record = dict[str, Any]
-T = TypeVar("T")
 
 
 def setting(default: Any, help: str) -> Any:
@@ -37,31 +37,27 @@ def setting(default: Any, help: str) -> Any:
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
+    def error(self, message: str) -> Any:
         raise SystemExit(f"{self.prog}: {message} (--help lists every flag)")
 
 
 def parse_cli(kind: type, prog: str, argv: Sequence[str] | None = None) -> Record:
-    """What the command line names, and no others: --a-b 1, --flag or --no-flag, --list x,y."""
-    parser = _Parser(prog=prog, description=(kind.__doc__ or "").strip(), allow_abbrev=False)
+    """What the command line names, and no others: --a-b 1, --flag or --no-flag, --list x y or x,y."""
+    parser = _Parser(prog=prog, description=kind.__doc__, allow_abbrev=False)
     for field in dataclasses.fields(kind):
-        default = field.default
-        several = isinstance(default, tuple)
-        shown = ",".join(map(str, default)) if several else default
+        flag, default = "--" + field.name.replace("_", "-"), field.default
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         text = f"{field.metadata['help']} (default: {shown})".replace("%", "%%")
         options: Record = {"default": argparse.SUPPRESS, "help": text}
         if isinstance(default, bool):
-            options["action"] = argparse.BooleanOptionalAction
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        elif isinstance(default, tuple):
+            parser.add_argument(flag, nargs="+", metavar="X", **options)
         else:
-            options["metavar"] = "X"
-            options["type"] = str if several else type(default)
-            options["nargs"] = "+" if several else None
-        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+            parser.add_argument(flag, type=type(default), metavar="X", **options)
     found = vars(parser.parse_args(argv))
-    for name, value in found.items():
-        if isinstance(value, list):
-            found[name] = tuple(",".join(value).strip(",").split(","))
-    return found
+    lists = {k: ",".join(v).strip(",").split(",") for k, v in found.items() if isinstance(v, list)}
+    return found | {name: tuple(words) for name, words in lists.items()}
 
 
 def run_script(main: Any, kind: type, prog: str, argv: Sequence[str] | None = None) -> None:
@@ -79,16 +75,15 @@ def run_script(main: Any, kind: type, prog: str, argv: Sequence[str] | None = No
 
 def check_numbers(settings: Any, **least: float) -> None:
     """Raise ValueError that lists every setting which is not finite or below its least value."""
-    wrong = []
-    for name, low in least.items():
-        value = getattr(settings, name)
-        if not low <= value < 1e30:
-            wrong.append(f"{name.replace('_', '-')}: expected at least {low}, found {value}")
+    values = {name: getattr(settings, name) for name in least}
+    wrong = [f"{k} {v}" for k, v in values.items() if not least[k] <= v < 1e30]
     if wrong:
-        raise ValueError("; ".join(wrong))
+        raise ValueError(
+            f"settings: expected numbers of at least {least}, found {', '.join(wrong)}"
+        )
 
 
-def parse_object(text: str | bytes, where: str) -> Record:
+def parse_object(text: bytes, where: str) -> Record:
     """One JSON object. Raises ValueError that begins with `where`."""
     try:
         value = json.loads(text)
@@ -107,7 +102,7 @@ def read_json(file: Path) -> Record:
 
 
 def read_lines(file: str | Path) -> Iterator[tuple[str, bytes]]:
-    """("file:line", bytes) of each line of a JSONL file, .gz unpacked. Raises ValueError."""
+    """("file:line", bytes) of each line that is not blank; .gz is unpacked. Raises ValueError."""
     try:
         with gzip.open(file) if str(file).endswith(".gz") else open(file, "rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -163,18 +158,29 @@ def file_hash(file: str | Path) -> str:
 
 
 def folder_hash(folder: Path) -> str:
-    """One sha256 of what makes a backbone: the weights, config and tokenizer files of a folder."""
-    names = [f for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".json", ".jinja")]
-    hashes = [(f.name, file_hash(f)) for f in names]
+    """One sha256 of what makes a backbone: weights, config and tokenizer files of its folder."""
+    files = [f for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".json", ".jinja")]
+    hashes = [(f.name, file_hash(f)) for f in files]
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+
+
+def run_header(settings: Any, device: torch.device) -> Record:
+    """What a record begins with: settings, commit (-dirty: changed since), versions, hardware."""
+    git, commit = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"], ""
+    if shutil.which("git"):
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    on_gpu = device.type == "cuda"
+    hardware = torch.cuda.get_device_name(device) if on_gpu else platform.machine()
+    found = {"settings": dataclasses.asdict(settings), "commit": commit or None}
+    found |= {"device": str(device), "hardware": hardware, "threads": torch.get_num_threads()}
+    return found | {"python": platform.python_version(), "torch": torch.__version__}
 
 
 def read_record(run: Path) -> Record:
     """The first line of a run's metrics.jsonl: what it was started with; {} without one."""
     file = run / "metrics.jsonl"
-    for where, line in read_lines(file) if file.exists() else ():
-        return parse_object(line, where)
-    return {}
+    first = next(read_lines(file), None) if file.exists() else None
+    return parse_object(first[1], first[0]) if first else {}
 
 
 def generator(*parts: Any) -> torch.Generator:
@@ -184,25 +190,23 @@ def generator(*parts: Any) -> torch.Generator:
 
 
 def choose_device(name: str) -> torch.device:
-    """auto: the GPU, if there is one; of torchrun's processes, each takes its own. Raises ValueError."""
-    rank = os.environ.get("LOCAL_RANK", "")
-    kind, _, index = name.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or index and (rank or not index.isdecimal()):
+    """auto: the GPU, if there is one; each of torchrun's processes has its own. Raises ValueError."""
+    if name == "cpu" or name == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    rank, (kind, _, index) = os.environ.get("LOCAL_RANK"), name.partition(":")
+    number = rank or index or "0"
+    if kind not in ("auto", "cuda") or rank and index or not number.isdecimal():
         raise ValueError(
             f"device: expected auto, cpu, cuda or (one process) cuda:N, found {name!r}"
         )
-    if kind == "cpu" or kind == "auto" and not torch.cuda.is_available():
-        return torch.device("cpu")
-    number = int(index or rank or 0)
-    if number >= torch.cuda.device_count():
+    if int(number) >= torch.cuda.device_count():
         raise ValueError(f"device: {name!r} asked for, {torch.cuda.device_count()} GPUs found")
-    return torch.device("cuda", number)
+    return torch.device("cuda", int(number))
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """auto: bfloat16 on a GPU, float32 on a CPU. Raises ValueError on another name."""
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
+    name = ("bfloat16" if device.type == "cuda" else "float32") if name == "auto" else name
     if name not in ("float32", "bfloat16"):
         raise ValueError(f"dtype: expected auto, float32 or bfloat16, found {name!r}")
     return getattr(torch, name)
@@ -211,22 +215,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def keep_freed_memory() -> None:
     """Have glibc keep freed memory: page faults cost a step on a CPU as much as its arithmetic."""
     if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, mallopt(3)
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def run_header(settings: Any, device: torch.device) -> Record:
-    """What a record begins with: settings, commit (-dirty: changed since), versions, hardware."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = None
-    if shutil.which("git"):
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    on_gpu = device.type == "cuda"
-    hardware = torch.cuda.get_device_name(device) if on_gpu else platform.machine()
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    about = {"device": str(device), "hardware": hardware, "threads": torch.get_num_threads()}
-    return {"settings": dataclasses.asdict(settings), "commit": commit, **about, **versions}
+        ctypes.CDLL(None).mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, mallopt(3)
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 @dataclass(frozen=True)
@@ -241,20 +231,18 @@ class Ranks:
         """Does this process print and write?"""
         return self.rank == 0
 
-    def shard(self, items: Sequence[T], filler: T) -> list[T]:
+    def shard(self, items: Sequence[Any], filler: Any) -> list[Any]:
         """Every world-th item, with fillers up to the same number in each process."""
         mine = list(items[self.rank :: self.world])
         return mine + [filler] * (-(-len(items) // self.world) - len(mine))
 
-    def gather(self, mine: Sequence[T]) -> list[T]:
+    def gather(self, mine: Sequence[Any]) -> list[Any]:
         """The whole of which each process holds every world-th item: the inverse of `shard`."""
         parts: list[Any] = [mine] * self.world
         if self.world > 1:
             dist.all_gather_object(parts, mine)
-        whole: list[Any] = [None] * sum(map(len, parts))
-        for rank, part in enumerate(parts):
-            whole[rank :: self.world] = part
-        return whole
+        total = sum(map(len, parts))
+        return [parts[i % self.world][i // self.world] for i in range(total)]
 
     def sum(self, values: Tensor) -> Tensor:
         """The values (...) added up over all processes, in place."""
@@ -262,12 +250,11 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def run_on_main(self, call: Callable[[], T]) -> T:
+    def run_on_main(self, call: Callable[[], Any]) -> Any:
         """What the call returns in rank 0, for all. Where it raises there, the others exit."""
         box: list[Any] = [None, False]
         try:
-            if self.is_main:
-                box = [call(), True]
+            box = [call(), True] if self.is_main else box
         finally:
             if self.world > 1:
                 dist.broadcast_object_list(box)
@@ -293,13 +280,11 @@ def open_ranks() -> Ranks:
         backend = "cpu:gloo,cuda:nccl" if own else "gloo"
         dist.init_process_group(backend, device_id=own, timeout=timedelta(hours=6))
         if dist.get_rank():
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - to the end of the process
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
-def distribute(
-    model: nn.Module, blocks: Sequence[nn.Module], ranks: Ranks, device: torch.device, fsdp: bool
-) -> nn.Module:
+def distribute(model: nn.Module, blocks: Any, ranks: Ranks, device: Any, fsdp: bool) -> nn.Module:
     """What is called in the model's place: itself, or torch's DDP, which averages the gradients.
 
     fsdp: FSDP2 cuts the frozen weights over the processes; what trains stays whole.
@@ -308,21 +293,19 @@ def distribute(
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh(device.type, (ranks.world,))
         whole = {p for p in model.parameters() if p.requires_grad}
         for tensor in (*whole, *model.buffers()):
             tensor.data = tensor.data.to(device)
-        options = {"mesh": mesh, "ignored_params": whole}
-        for block in blocks:
-            fully_shard(block, reshard_after_forward=True, **options)
-        fully_shard(model, reshard_after_forward=False, **options)
+        mesh = init_device_mesh(device.type, (ranks.world,))
+        for module in (*blocks, model):
+            again = module is not model  # reshard after forward, as backward gathers it again
+            fully_shard(module, mesh=mesh, reshard_after_forward=again, ignored_params=whole)
     if ranks.world == 1:
         return model
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, init_sync=False)
+    return DistributedDataParallel(model, broadcast_buffers=False, init_sync=False)
 
 
-def no_sync(ddp_model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
+def no_sync(ddp_model: Any, last: bool) -> contextlib.AbstractContextManager[Any]:
     """DDP adds the gradients up in the last backward pass of a step only."""
-    if last or not isinstance(ddp_model, nn.parallel.DistributedDataParallel):
-        return contextlib.nullcontext()
-    return ddp_model.no_sync()
+    is_ddp = isinstance(ddp_model, DistributedDataParallel)
+    return ddp_model.no_sync() if is_ddp and not last else contextlib.nullcontext()

@@ -1,8 +1,7 @@
-"""Score a backbone, alone or with a saved adapter and side path, on benchmarks: python eval.py --help.
+"""Score a backbone, alone or with an adapter and side path, on benchmarks: python eval.py --help.
 
-A task is scored by: load rows, build prompts, compare likelihoods or generate, extract, grade. All of
-it but the model's part are pure functions; each example is a line of records.jsonl, which --rescore
-judges again without a model.
+load rows -> prompts -> likelihoods or answers -> extract -> grade. All but the model's part are pure
+functions; an example is a line of records.jsonl, which --rescore judges again without a model.
 
 Shapes: B rows, R replies, T tokens, D hidden size, V vocabulary, N positions.
 """
@@ -23,46 +22,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import (
-    ROOT,
-    Record,
-    atomic,
-    check_numbers,
-    choose_device,
-    choose_dtype,
-    file_hash,
-    folder_hash,
-    keep_freed_memory,
-    open_ranks,
-    parse_object,
-    read_json,
-    read_lines,
-    read_record,
-    run_header,
-    run_script,
-    setting,
-    write_json,
-)
+from common import ROOT, Record, atomic, check_numbers, choose_device, choose_dtype, file_hash
+from common import folder_hash, keep_freed_memory, open_ranks, parse_object, read_json, read_lines
+from common import read_record, run_header, run_script, setting, write_json
 from data.chat import Tokenizer, load_tokenizer
 from data.code import cut, without_fence
 from data.sandbox import Limits, missing_protections, run_programs
-from data.tasks import (
-    LETTERS,
-    OWN,
-    TASKS,
-    Prompt,
-    Task,
-    ask,
-    choose_shots,
-    find_tasks,
-    judge,
-    load_items,
-    load_pool,
-)
+from data.tasks import LETTERS, OWN, TASKS, Prompt, Task, ask, choose_shots, find_tasks, judge
+from data.tasks import load_items, load_pool
 from model import Cache, Transformer, generate, load_model, pad_rows
 from talan import cached_dora_norms, checkpoint_folder, load_adapter
 
-EMBEDDED = ROOT / "data/tiny/model"
 Z95 = 1.959963984540054  # half of a 95 % interval, in standard errors
 
 
@@ -71,97 +41,70 @@ class Settings:
     """Score a backbone, alone or with a saved adapter and side path, on benchmarks."""
 
     backbone: str = setting(
-        "", "Hugging Face folder or hub id; empty: the adapter's, else the embedded one"
+        "", "Hugging Face folder or hub id; empty: the adapter's, or a tiny one"
     )
     adapter: str = setting("", "run folder or PEFT folder; empty: the bare backbone")
-    tasks: tuple[str, ...] = setting(
-        ("math", "word", "science", "code"),
-        "benchmarks, or .jsonl files of {prompt or messages, answer}",
-    )
+    tasks: tuple[str, ...] = setting(("math", "word", "science", "code"), "names, or .jsonl files")
     out: str = setting("", "folder for records and results; empty: ADAPTER/eval, or runs/eval")
     limit: int = setting(0, "first items of each task; 0: all")
-    format: str = setting(
-        "chat", "chat: the model's own template, thinking off; plain: text without markup"
-    )
+    format: str = setting("chat", "chat: the model's template, thinking off; plain: no markup")
     shots: int = setting(0, "worked examples before each question")
     samples: int = setting(1, "answers to each question; more than one needs a temperature")
     pass_at: tuple[str, ...] = setting((), "report pass@k for these k; empty: 1 and --samples")
-    max_new_tokens: int = setting(
-        0, "longest answer in tokens, a longer one counts as truncated; 0: each task's own"
-    )
+    max_new_tokens: int = setting(0, "longest answer; 0: each task's own")
     batch_rows: int = setting(64, "answers generated at once")
     batch_tokens: int = setting(8192, "tokens, padding included, read at once")
     temperature: float = setting(0.0, "0: greedy")
-    top_p: float = setting(1.0, "sample from the smallest set of tokens with this probability")
+    top_p: float = setting(1.0, "sample from the smallest set of tokens of this probability")
     seed: int = setting(0, "seeds sampling")
     stop_token: str = setting("", "one more token that ends an answer")
-    reference: bool = setting(True, "also record the log-likelihood of each reference solution")
-    allow_code_execution: bool = setting(
-        False, "run the programs that the model writes, in data/sandbox.py"
-    )
+    reference: bool = setting(True, "also record the log-likelihood of reference solutions")
+    allow_code_execution: bool = setting(False, "tasks of code: run what the model writes")
     seconds: float = setting(10.0, "time limit of a program; three times that with plus tests")
     memory_mb: int = setting(4096, "memory limit of a program")
     workers: int = setting(0, "programs at once in each process; 0: one a core")
     device: str = setting("auto", "auto, cpu, cuda, ...")
     dtype: str = setting("auto", "float32 or bfloat16; auto: bfloat16 on a GPU")
-    check_references: bool = setting(
-        False, "judge the reference solutions: what a perfect model would score"
-    )
-    rescore: str = setting(
-        "", "records.jsonl of an earlier run: extract and grade again, without a model"
-    )
+    check_references: bool = setting(False, "judge the reference solutions, without a model")
+    rescore: str = setting("", "records.jsonl to extract and grade again, without a model")
 
     def __post_init__(self) -> None:
-        check_numbers(
-            self, limit=0, shots=0, samples=1, max_new_tokens=0, batch_rows=1, batch_tokens=1
-        )
-        check_numbers(self, workers=0, memory_mb=64, seconds=0.001)
+        check_numbers(self, limit=0, shots=0, max_new_tokens=0, workers=0, memory_mb=64)
+        check_numbers(self, samples=1, batch_rows=1, batch_tokens=1, seconds=0.001)
         if self.format not in ("chat", "plain"):
             raise ValueError(f"format: expected chat or plain, found {self.format!r}")
         if self.samples > 1 and self.temperature <= 0:
-            raise ValueError(
-                f"samples: {self.samples} greedy answers would be one; set --temperature"
-            )
+            raise ValueError(f"samples: {self.samples} greedy answers are one; set --temperature")
 
 
 # ---- likelihoods ----
 
+Item = tuple[list[int], list[list[int]]]  # ids of a prefix, and of its replies
 
-def split_replies(
-    prompt: Prompt, encode: Callable[[str], list[int]]
-) -> tuple[list[int], list[list[int]]]:
+
+def split_replies(prompt: Prompt, encode: Callable[[str], list[int]]) -> Item:
     """The ids that text and every text + reply share, and what follows them in each.
 
     A merge over the border makes the shared part shorter than the text, for every reply alike.
     Raises ValueError on a reply without a token of its own.
     """
     whole = [encode(prompt.text + reply) for reply in prompt.replies]
-    shared = encode(prompt.text)
-    for ids in whole:
-        same = 0
-        while same < min(len(shared), len(ids)) and shared[same] == ids[same]:
-            same += 1
-        shared = shared[:same]
-    replies = [ids[len(shared) :] for ids in whole]
-    if not shared or not all(replies):
-        raise ValueError(
-            f"expected a prompt and replies of tokens, found {prompt.text[-99:]!r}, {prompt.replies}"
-        )
-    return shared, replies
+    same = 0
+    for column in zip(encode(prompt.text), *whole):
+        if len(set(column)) > 1:
+            break
+        same += 1
+    replies = [ids[same:] for ids in whole]
+    if not same or not all(replies):
+        found = f"{prompt.text[-99:]!r} and {prompt.replies}"
+        raise ValueError(f"expected a prompt and replies with tokens of their own, found {found}")
+    return whole[0][:same], replies
 
 
-Item = tuple[list[int], list[list[int]]]  # ids of a prefix, and of its replies
-
-
-def log_likelihoods(
-    model: Transformer, items: Sequence[Item], batch_tokens: int = 8192
-) -> list[list[float]]:
+def log_likelihoods(model: Transformer, items: Any, batch_tokens: int = 8192) -> list[list[float]]:
     """sum_t log p(reply_t | prefix, reply_<t) in nats, of each reply of each (prefix, replies)."""
     out: list[list[float]] = [[] for _ in items]
-    cost = [
-        len(replies) * (len(prefix) + max(map(len, replies), default=0))
-        for prefix, replies in items
-    ]
+    cost = [len(some) * (len(prefix) + max(map(len, some), default=0)) for prefix, some in items]
     order = sorted((i for i in range(len(items)) if cost[i]), key=lambda i: -cost[i])
     was_training = model.training
     model.eval()
@@ -178,7 +121,7 @@ def log_likelihoods(
 
 @torch.no_grad()
 def batch_likelihoods(model: Transformer, items: Sequence[Item]) -> list[list[float]]:
-    """log_likelihoods of one batch: a prefix runs once, its replies share keys, values and state."""
+    """log_likelihoods of one batch: a prefix runs once, its replies share what it left."""
     device, dtype = model.head_weight.device, model.head_weight.dtype
     tokens, lengths = pad_rows([prefix for prefix, _ in items], device)  # (B,T)
     targets, sizes = pad_rows(
@@ -210,18 +153,12 @@ def log_probs(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 def write_answers(
-    task: Task,
-    prompts: Sequence[list[int]],
-    numbers: Sequence[int],
-    model: Transformer,
-    tokenizer: Tokenizer,
-    settings: Settings,
+    task: Task, prompts: Any, numbers: Any, model: Any, tokenizer: Tokenizer, settings: Settings
 ) -> list[Record]:
-    """`samples` completions of each prompt, one after another: {sample, completion, tokens, truncated}."""
+    """`samples` completions of each prompt's ids: {sample, completion, tokens, truncated}."""
     plain, n = settings.format == "plain", settings.samples
-    stops = task.stops if plain else ()
-    if task.kind == "code" and not plain:
-        stops = ("```",)
+    fence = ("```",) if task.kind == "code" else ()
+    stops = task.stops if plain else fence
 
     def ended(ids: list[int]) -> bool:
         """Has a stop been written? The last tokens say whether to look at the whole."""
@@ -254,21 +191,18 @@ def write_answers(
     return records
 
 
-def run_tests(
-    task: Task, records: Sequence[Record], items: Sequence[Record], settings: Settings
-) -> list[Record]:
-    """Verdicts on programs, in the sandbox: base, and plus where there are such tests (both must pass)."""
+def run_tests(task: Task, records: Any, items: Any, settings: Settings) -> list[Record]:
+    """Verdicts on programs, in the sandbox: base, and plus where there are such tests."""
     assert task.program  # kind code has one
     by_id = {item["id"]: item for item in items}
     limits = Limits(seconds=settings.seconds, memory_mb=settings.memory_mb)
+    longer = replace(limits, seconds=3 * settings.seconds)  # the reference runs beside it
     programs = [task.program(by_id[r["id"]], r["completion"], r["format"]) for r in records]
-    base = run_programs(
-        [(p, by_id[r["id"]]["tests"]) for p, r in zip(programs, records)], limits, settings.workers
-    )
-    again = [i for i, r in enumerate(records) if base[i].passed and "plus_tests" in by_id[r["id"]]]
-    jobs = [(programs[i], by_id[records[i]["id"]]["plus_tests"]) for i in again]
-    limits = Limits(seconds=3 * settings.seconds, memory_mb=settings.memory_mb)
-    plus = dict(zip(again, run_programs(jobs, limits, settings.workers)))
+    jobs = [(program, by_id[r["id"]]["tests"]) for program, r in zip(programs, records)]
+    base = run_programs(jobs, limits, settings.workers)
+    more = [i for i, r in enumerate(records) if base[i].passed and "plus_tests" in by_id[r["id"]]]
+    jobs = [(programs[i], by_id[records[i]["id"]]["plus_tests"]) for i in more]
+    plus = dict(zip(more, run_programs(jobs, longer, settings.workers)))
     judged = []
     for i, record in enumerate(records):
         verdicts, why = {"base": base[i].passed}, {"base": base[i].why}
@@ -291,14 +225,14 @@ def wilson(right: float, n: int) -> tuple[float, float]:
 
 
 def pass_at(k: int, n: int, c: int) -> float:
-    """1 - prod_{i=n-c+1..n} (1 - k/i): one of k of n samples is right, c of the n being so (HumanEval, 2.1)."""
+    """1 - prod_{i=n-c+1..n} (1 - k/i): is one of k right, c of n being so? (HumanEval, 2.1)"""
     if n - c < k:
         return 1.0
     return 1 - math.prod(1 - k / i for i in range(n - c + 1, n + 1))
 
 
 def interval(means: Sequence[float], samples: int) -> list[float]:
-    """95 % in per cent: Wilson's for one sample an item, else mean -+ 1.96 standard errors over items."""
+    """95 %, in per cent: Wilson's for one sample an item, else mean -+ 1.96 standard errors."""
     n, mean = len(means), sum(means) / len(means)
     if samples == 1:
         low, high = wilson(sum(means), n)
@@ -309,7 +243,7 @@ def interval(means: Sequence[float], samples: int) -> list[float]:
 
 
 def summarize(rows: Sequence[Record], ks: Sequence[int] = ()) -> Record:
-    """Of one task's records: n, score, interval under each rule, the first being the score; pass@k."""
+    """Of one task's records: n, score, interval, pass@k under each rule; the first is the score."""
     rules = list(dict.fromkeys(rule for row in rows for rule in row["verdicts"]))
     scores = {rule: summarize_rule(rows, rule, ks) for rule in rules}
     known = [row for row in rows if row.get("reference_tokens")]
@@ -406,32 +340,26 @@ def score(settings: Settings) -> dict[str, Record]:
         summaries[task.name] = summarize(done, pass_ks(settings, settings.samples))
         records += done
     if ranks.is_main:
-        out = Path(
-            settings.out or (Path(settings.adapter) / "eval" if settings.adapter else "runs/eval")
-        )
-        seconds = time.perf_counter() - began
+        folder = Path(settings.adapter) / "eval" if settings.adapter else "runs/eval"
+        out, seconds = Path(settings.out or folder), time.perf_counter() - began
         speed = round(sum(record["tokens"] for record in records) / seconds)
         results = {**run_header(settings, device), "backbone": backbone, "world": ranks.world}
         results |= {"run_seed": run.get("seed"), "seconds": round(seconds, 2)}
-        results["conditions"] = conditions(settings, tasks, model, records)
+        results |= {"conditions": conditions(settings, tasks, model, records), "tasks": summaries}
         with atomic(out / "records.jsonl") as tmp, open(tmp, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        write_json(out / "results.json", {**results, "tasks": summaries})
+        write_json(out / "results.json", results)
         what = f"{backbone} + {settings.adapter}" if settings.adapter else backbone
-        print(
-            f"{what}: {len(records)} answers in {seconds:.1f} s ({speed:,} tokens/s), records in {out}"
-        )
-        print(score_table(summaries))
+        count = f"{len(records)} answers in {seconds:.1f} s ({speed:,} tokens/s)"
+        print(f"{what}: {count}, records in {out}\n{score_table(summaries)}")
     return summaries
 
 
 def check_permission(tasks: Sequence[Task], allowed: bool) -> None:
-    """Raise ValueError when programs would run that nobody allowed; print what the sandbox lacks."""
+    """Raise ValueError when programs would run unallowed; else print what the sandbox lacks."""
     names = [task.name for task in tasks if task.kind == "code"]
     if names and not allowed:
-        raise ValueError(
-            f"{', '.join(names)}: runs what the model wrote; --allow-code-execution lets it"
-        )
+        raise ValueError(f"{', '.join(names)}: run what the model writes; --allow-code-execution")
     if names:
         print("".join(f"sandbox: {line}\n" for line in missing_protections()), end="", flush=True)
 
@@ -443,7 +371,7 @@ def run_task(
     tokenizer: Tokenizer,
     settings: Settings,
 ) -> list[list[Record]]:
-    """Likelihoods, answers and verdicts of (number, item) pairs: of each a record for each sample."""
+    """Likelihoods, answers, verdicts of (number, item) pairs: of each a record a sample."""
     begin = tokenizer.begin if settings.format == "plain" else []  # a template writes its own BOS
     pool = load_pool(task) if settings.shots else []
 
@@ -460,7 +388,12 @@ def run_task(
     likelihoods = log_likelihoods(model, parts, settings.batch_tokens)
     records = []
     for (_, item), prompt, (_, replies), sums in zip(items, prompts, parts, likelihoods):
-        record = {"task": task.name, "id": item["id"], "sample": 0, "format": settings.format}
+        record: Record = {
+            "task": task.name,
+            "id": item["id"],
+            "sample": 0,
+            "format": settings.format,
+        }
         record |= {"prompt": prompt.text, "answer": item["answer"], "tokens": 0, "truncated": False}
         right = LETTERS.index(item["answer"]) if task.kind == "choice" else 0
         record["reference_logprob"] = sums[right] if sums else None
@@ -496,7 +429,7 @@ def recorded_backbone(adapter: str) -> str:
         file = checkpoint_folder(adapter) / name
         if adapter and file.exists() and (base := read_json(file).get("base_model_name_or_path")):
             return str(base)
-    return str(EMBEDDED)
+    return str(ROOT / "data/tiny/model")
 
 
 def read_run(settings: Settings) -> Record:
@@ -518,7 +451,7 @@ def conditions(
     trained_from = read_record(Path(settings.backbone)).get(
         "backbone_sha256"
     )  # of a run of --scope full
-    found["backbone"] = trained_from or folder_hash(model.folder)
+    found["backbone"] = trained_from or folder_hash(Path(model.folder or ""))
     for task in tasks:
         prompts = "\0".join(record["prompt"] for record in records if record["task"] == task.name)
         found[f"{task.name} rows"] = file_hash(task.path)
@@ -527,7 +460,7 @@ def conditions(
 
 
 def rescore(settings: Settings) -> dict[str, Record]:
-    """Judge stored records again, offline; prints the table and how many verdicts changed. Raises ValueError."""
+    """Judge stored records again; prints how many verdicts changed. Raises ValueError."""
     by_task: dict[str, list[Record]] = {}
     for where, line in read_lines(settings.rescore):
         record = parse_object(line, where)
@@ -559,7 +492,7 @@ def judge_again(task: Task, records: Sequence[Record], settings: Settings) -> li
 
 
 def check_references(settings: Settings) -> dict[str, Record]:
-    """The verdicts on the reference solutions, without a model; prints the table. Raises ValueError."""
+    """The verdicts on the reference solutions; prints the table. Raises ValueError."""
     summaries = {}
     for task in find_tasks(settings.tasks):
         records = []

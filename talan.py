@@ -58,7 +58,7 @@ class TalanConfig:
             raise ValueError(f"side path: an axis has no such value: {self}")
 
     def resolve(self, depth: int) -> tuple[int, ...]:
-        """Layer indices in a model of `depth` layers. Raises ValueError on one too deep or twice."""
+        """Layer indices in a model of `depth` layers. Raises ValueError on one too deep."""
         layers = tuple(int(x * depth) if isinstance(x, float) else x for x in self.layers)
         if max(layers) >= depth or len(set(layers)) < len(layers):
             raise ValueError(f"layers: expected distinct ones below {depth}, found {layers}")
@@ -107,14 +107,21 @@ class SidePath(nn.Module):
         """stream(name): the generator of a parameter's start, normal(0, 1 / sqrt(fan_in))."""
         super().__init__()
         self.config, D, M, r = config, hidden_size, config.slots, config.width
-        shapes = {"slots": (M, r), "w_key": (r, D), "w_value": (r, D)}
-        shapes |= {"w_query": (r, D)} if config.mixer == "attention" else {"w_read": (M, D)}
+
+        def start(name: str, rows: int, columns: int) -> nn.Parameter:
+            drawn = torch.randn(rows, columns, generator=stream and stream(name))
+            return nn.Parameter(drawn / math.sqrt(columns))
+
+        self.slots = start("slots", M, r)
+        self.w_key = start("w_key", r, D)
+        self.w_value = start("w_value", r, D)
+        if config.mixer == "attention":
+            self.w_query = start("w_query", r, D)
+        else:
+            self.w_read = start("w_read", M, D)
         if config.mixer == "mlp":
-            shapes |= {"slot_mlp_in": (2 * M, M), "channel_mlp_in": (2 * r, r)}
-        for name, shape in shapes.items():
-            start = torch.randn(shape, generator=stream and stream(name)) / math.sqrt(shape[1])
-            self.register_parameter(name, nn.Parameter(start))
-        if config.mixer == "mlp":
+            self.slot_mlp_in = start("slot_mlp_in", 2 * M, M)
+            self.channel_mlp_in = start("channel_mlp_in", 2 * r, r)
             self.slot_mlp_out = nn.Parameter(torch.zeros(M, 2 * M))
             self.channel_mlp_out = nn.Parameter(torch.zeros(r, 2 * r))
         self.w_out = nn.Parameter(torch.zeros(D, r))  # so step 0 changes nothing
@@ -157,8 +164,8 @@ class SidePath(nn.Module):
 
     def read(self, x: Tensor, w: Tensor, v: Tensor, *sums: Tensor) -> tuple[Tensor, ...]:
         """x (B,C,D), w (B,C,M), v (B,C,r), num, den before -> y (B,C,r), num, den after."""
-        z, *sums = self.remember(w, v, *sums)
-        return self.remix(z, x), *sums
+        z, num, den = self.remember(w, v, *sums)
+        return self.remix(z, x), num, den
 
     def remember(self, w: Tensor, v: Tensor, num: Tensor, den: Tensor) -> tuple[Tensor, ...]:
         """Memory z = num / den (B,C,M,r) after each token of a chunk, num and den after it."""
@@ -268,7 +275,8 @@ class AdapterLinear(nn.Module):
         (rows, cols), device = linear.weight.shape, linear.weight.device
         self.linear, self.scale, self.dropout = linear, config.scale, config.dropout
         self.is_dora = config.kind == "dora"
-        self.keep_norm, self.kept_norm = False, None  # see cached_dora_norms
+        self.keep_norm = False  # see cached_dora_norms
+        self.kept_norm: Tensor | None = None
         # kaiming-uniform with a = sqrt(5), as peft/tuners/lora/layer.py
         A = (2 * torch.rand(config.rank, cols, generator=stream) - 1) / math.sqrt(cols)
         self.lora_A = nn.Parameter(A.to(device))
@@ -335,8 +343,6 @@ def cached_dora_norms(model: nn.Module) -> Iterator[None]:
             layer.keep_norm, layer.kept_norm = False, None
 
 
-# ---- attach ----
-
 SCOPES = {  # the groups that learn; of the side path, writeback means w_out and the gate alone
     "joint": ("adapter", "side path"),
     "adapter": ("adapter",),
@@ -347,31 +353,29 @@ SCOPES = {  # the groups that learn; of the side path, writeback means w_out and
 
 
 def attach(
-    model: Transformer,
-    adapter: AdapterConfig | None,
-    talan: TalanConfig | None = None,
-    scope: str = "joint",
-    seed: int = 0,
+    model: Any, adapter: Any, talan: Any = None, scope: str = "joint", seed: int = 0
 ) -> list[nn.Parameter]:
-    """Add adapter and side path to the model, in place; returns the trainable parameters.
+    """Add adapter (AdapterConfig or None) and side path (TalanConfig or None) to the model.
 
-    Each new tensor is drawn from a generator of its own, seeded by (seed, its name): what else is
-    attached changes no start. Raises ValueError with the model untouched.
+    In place; returns the trainable parameters. Each new tensor is drawn from a generator of its
+    own, seeded by (seed, its name): what else is attached changes no start. Raises ValueError
+    with the model untouched.
     """
     adapter = adapter or AdapterConfig(kind="none")
-    D, layers = model.config.hidden_size, ()
-    if talan:
-        layers = talan.resolve(model.config.num_hidden_layers)
-    if scope not in SCOPES:
-        raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, found {scope!r}")
-    if hasattr(model, "adapter_config"):
-        raise ValueError("the model has an adapter or a side path already: load it afresh")
+    layers = talan.resolve(model.config.num_hidden_layers) if talan else ()
     learn = {"adapter": adapter.kind != "none", "backbone": True}
     learn["side path"] = bool(layers) and talan.grad_scale > 0
-    if not any(learn[group] for group in SCOPES[scope]) or scope == "writeback" and not layers:
-        raise ValueError(f"scope {scope}: nothing that it trains is attached")
-    if learn["adapter"] and adapter.rank > min(D, model.config.intermediate_size):
-        raise ValueError(f"rank: expected at most that of the projections, found {adapter.rank}")
+    if hasattr(model, "adapter_config"):
+        raise ValueError("the model has an adapter or a side path already: load it afresh")
+    if scope not in SCOPES or not any(learn[group] for group in SCOPES[scope]):
+        raise ValueError(
+            f"scope {scope!r}: expected one of {list(SCOPES)}, with a part that learns"
+        )
+    if scope == "writeback" and not layers:
+        raise ValueError("scope writeback: expected a side path")
+    D, width = model.config.hidden_size, model.config.intermediate_size
+    if learn["adapter"] and adapter.rank > min(D, width):
+        raise ValueError(f"rank: expected at most that of the maps, found {adapter.rank}")
     for name, parent, key in adapted(model, adapter):
         stream = generator(seed, name + ".lora_A")
         setattr(parent, key, AdapterLinear(getattr(parent, key), adapter, stream))
@@ -381,11 +385,11 @@ def attach(
         block.side_path, block.side_site = side_path.to(model.head_weight.device), talan.site
     model.adapter_config, model.talan_config = adapter, talan
     model.train(model.training)
-    outputs = ("w_out", "w_gate", "b_gate")
     for name, p in model.named_parameters():
-        partly = scope == "writeback" and group_of(name) == "side path"
-        learns = group_of(name) in SCOPES[scope] and learn[group_of(name)]
-        p.requires_grad_(name.endswith(outputs) if partly else learns)
+        group = group_of(name)
+        partly = scope == "writeback" and group == "side path"
+        output = name.endswith(("w_out", "w_gate", "b_gate"))
+        p.requires_grad_(group in SCOPES[scope] and learn[group] and (output or not partly))
     return [p for p in model.parameters() if p.requires_grad]
 
 
@@ -405,13 +409,13 @@ def group_of(name: str) -> str:
     return "adapter" if ".lora_" in name else "backbone"
 
 
-def backbone_weights(model: Transformer) -> dict[str, Tensor]:
+def backbone_weights(model: Any) -> dict[str, Tensor]:
     """The backbone's parameters by the names that they have in a checkpoint."""
     named = model.named_parameters()
     return {n.replace(".linear.", "."): p for n, p in named if group_of(n) == "backbone"}
 
 
-def report(model: Transformer) -> str:
+def report(model: Any) -> str:
     """What trains, by group: tensors, parameters, share of the backbone in per cent."""
     whole = sum(p.numel() for p in backbone_weights(model).values())
     lines, total = [], 0
@@ -426,8 +430,6 @@ def report(model: Transformer) -> str:
     return "\n".join([*lines, f"trainable total {'':18} {total:13,} parameters {share}"])
 
 
-# ---- files ----
-
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 TALAN_FILES = ("talan_config.json", "talan.safetensors")
 # Of PEFT's LoraConfig: read below, told by the tensors, or without effect on a saved adapter.
@@ -439,19 +441,20 @@ PEFT_HARMLESS = set(
 )
 
 
-def state_by_file(model: Transformer) -> dict[tuple[str, str], tuple[Record, dict[str, Tensor]]]:
+def state_by_file(model: Any) -> dict[tuple[str, str], tuple[Record, dict[str, Tensor]]]:
     """(JSON file, tensor file) -> the settings and the tensors that belong there."""
     adapter, talan, states = model.adapter_config, model.talan_config, {}
     base = {"base_model_name_or_path": model.source}
-    parameters = list(model.named_parameters())
+    groups: Record = {"adapter": {}, "side path": {}, "backbone": {}}
+    for name, p in model.named_parameters():
+        groups[group_of(name)][name] = p
     if adapter.kind != "none":
-        named = {peft_name(n): p for n, p in parameters if group_of(n) == "adapter"}
+        named = {peft_name(name): p for name, p in groups["adapter"].items()}
         states[ADAPTER_FILES] = peft_config(adapter) | base, named
     if talan:
         config = base | dataclasses.asdict(talan) | {"hidden_size": model.config.hidden_size}
         config["layers"] = talan.resolve(model.config.num_hidden_layers)
-        named = {n: p for n, p in parameters if group_of(n) == "side path"}
-        states[TALAN_FILES] = config, named
+        states[TALAN_FILES] = config, groups["side path"]
     return states
 
 
@@ -469,15 +472,15 @@ def peft_config(config: AdapterConfig) -> Record:
     return raw | {"target_modules": sorted(config.targets)}
 
 
-def save_adapter(model: Transformer, folder: str | Path) -> None:
+def save_adapter(model: Any, folder: str | Path) -> None:
     """Write the adapter in PEFT's layout, the side path beside it; float32, each file atomic.
 
     Raises ValueError when nothing is attached, or the folder has files that this would leave.
     """
     folder, states = Path(folder), state_by_file(model)
-    left = [f for f in (ADAPTER_FILES, TALAN_FILES) if f not in states and (folder / f[1]).exists()]
-    if left or not states:
-        raise ValueError(f"{folder}: nothing to save, or in the place of {left}")
+    left = {file[1] for file in (ADAPTER_FILES, TALAN_FILES) if file not in states}
+    if not states or any((folder / name).exists() for name in left):
+        raise ValueError(f"{folder}: nothing to save, or beside another model's {left}")
     folder.mkdir(parents=True, exist_ok=True)
     for (config_file, tensor_file), (config, named) in states.items():
         tensors = {name: p.detach().float().cpu().contiguous() for name, p in named.items()}
@@ -500,15 +503,16 @@ def load_adapter(
     Raises ValueError with the model untouched: tensors missing, unexpected, misshapen or not
     finite, settings not computed here, another backbone (by config and tokenizer).
     """
-    folder, found, adapter, talan = checkpoint_folder(folder), {}, None, None
+    folder, adapter, talan = checkpoint_folder(folder), None, None
+    found: dict[str, Tensor] = {}
     if (folder / ADAPTER_FILES[1]).exists():
-        found |= adapter_tensors(folder / ADAPTER_FILES[1], model)
+        found |= read_tensors(folder / ADAPTER_FILES[1], model.fingerprint)
         adapter = read_peft_config(folder / ADAPTER_FILES[0], list(found))
     if (folder / TALAN_FILES[1]).exists():
-        found |= adapter_tensors(folder / TALAN_FILES[1], model)
+        found |= read_tensors(folder / TALAN_FILES[1], model.fingerprint)
         talan = read_talan_config(folder / TALAN_FILES[0], model.config.hidden_size)
     if not found:
-        raise ValueError(f"{folder}: expected {ADAPTER_FILES[1]} or {TALAN_FILES[1]} with tensors")
+        raise ValueError(f"{folder}: expected {ADAPTER_FILES[1]} or {TALAN_FILES[1]}")
     with torch.device("meta"):
         shadow = Transformer(model.config)
     attach(shadow, adapter, talan, scope)
@@ -517,7 +521,7 @@ def load_adapter(
     problems = compare_tensors(want, info)
     problems += [f"not finite: {name}" for name, t in found.items() if not t.isfinite().all()]
     if problems:
-        raise ValueError(f"{folder}: does not fit the backbone:\n  " + "\n  ".join(problems))
+        raise ValueError("\n  ".join([f"{folder}: no adapter of this backbone:", *problems]))
     trainable = attach(model, adapter, talan, scope)
     for _, named in state_by_file(model).values():
         for name, p in named.items():
@@ -525,12 +529,12 @@ def load_adapter(
     return trainable
 
 
-def adapter_tensors(file: Path, model: Transformer) -> dict[str, Tensor]:
-    """The tensors of a file by name. Raises ValueError when it is for another backbone."""
+def read_tensors(file: Path, fingerprint: str) -> dict[str, Tensor]:
+    """The tensors of an adapter's file by name. Raises ValueError when it has another backbone."""
     names = tensor_info(file)
     with safe_open(file, framework="pt") as f:
         backbone = (f.metadata() or {}).get("backbone")
-    if backbone and model.fingerprint and backbone != model.fingerprint:
+    if backbone and fingerprint and backbone != fingerprint:
         raise ValueError(f"{file}: trained on a backbone with another config or tokenizer")
     return {name.replace("_vector.weight", "_vector"): read_tensor(file, name) for name in names}
 
@@ -556,7 +560,7 @@ def read_peft_config(file: Path, names: list[str]) -> AdapterConfig:
 def read_talan_config(file: Path, hidden_size: int) -> TalanConfig:
     """talan_config.json. Raises ValueError on other fields, or for another hidden size."""
     raw = read_json(file)
-    axes = {field.name: raw.get(field.name) for field in dataclasses.fields(TalanConfig)}
+    axes: Record = {f.name: raw.get(f.name) for f in dataclasses.fields(TalanConfig)}
     meant = axes | {"hidden_size": hidden_size, "base_model_name_or_path": None}
     if set(raw) - set(meant) or None in axes.values() or raw.get("hidden_size") != hidden_size:
         raise ValueError(
@@ -565,10 +569,7 @@ def read_talan_config(file: Path, hidden_size: int) -> TalanConfig:
     return TalanConfig(**axes)
 
 
-# ---- merge ----
-
-
-def merge_adapter(model: Transformer) -> None:
+def merge_adapter(model: Any) -> None:
     """Give each adapted map W' = merged_weight(), computed in float32 and cast once.
 
     An export, not to be undone. A side path stays: it depends on the sequence and has no merged

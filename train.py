@@ -1,6 +1,6 @@
 """Fine-tune an adapter and a TALAN side path on conversations: python train.py --help.
 
-rows -> ids and labels -> steps of micro-batches -> the loop -> checkpoints -> scores before and after.
+rows -> ids and labels -> steps of micro-batches -> the loop -> checkpoints -> scores.
 
 Shapes: B rows, T tokens, N supervised tokens of a micro-batch, D hidden size, V vocabulary.
 """
@@ -26,46 +26,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import (
-    ROOT,
-    Ranks,
-    Record,
-    atomic,
-    check_numbers,
-    choose_device,
-    choose_dtype,
-    distribute,
-    file_hash,
-    folder_hash,
-    fsync,
-    generator,
-    keep_freed_memory,
-    no_sync,
-    open_ranks,
-    read_json,
-    read_record,
-    remove,
-    run_header,
-    run_script,
-    setting,
-    write_json,
-)
+from common import ROOT, Ranks, Record, atomic, check_numbers, choose_device, choose_dtype
+from common import distribute, file_hash, folder_hash, fsync, generator, keep_freed_memory, no_sync
+from common import open_ranks, read_json, read_record, remove, run_header, run_script, setting
+from common import write_json
 from data.chat import Row, Tokenizer, encode_row, load_tokenizer, read_rows
 from data.tasks import find_tasks, load_items
 from eval import Settings as EvalSettings
 from eval import check_permission, compare_table, score
 from model import Transformer, compare_tensors, load_model, pad_rows, save_model, tensor_info
-from talan import (
-    AdapterConfig,
-    TalanConfig,
-    attach,
-    backbone_weights,
-    cached_dora_norms,
-    checkpoint_folder,
-    group_of,
-    report,
-    save_adapter,
-)
+from talan import AdapterConfig, TalanConfig, attach, backbone_weights, cached_dora_norms
+from talan import checkpoint_folder, group_of, report, save_adapter
 
 TINY = ROOT / "data/tiny"
 MULTIPLE = 16  # batches are padded to a multiple of this: whole tiles for the kernels
@@ -73,21 +44,15 @@ MULTIPLE = 16  # batches are padded to a multiple of this: whole tiles for the k
 
 @dataclass(frozen=True)
 class Settings:
-    """Fine-tune a backbone with an adapter and a TALAN side path; without flags, the embedded one."""
+    """Fine-tune a backbone with an adapter and a TALAN side path; without flags, a tiny one."""
 
     backbone: str = setting(str(TINY / "model"), "Hugging Face folder or hub id")
-    data: tuple[str, ...] = setting(
-        (str(TINY / "train.jsonl"),), "training rows: JSONL, .gz allowed"
-    )
-    dev_data: tuple[str, ...] = setting(
-        (), "held-out rows; without: --dev-rows are taken from --data"
-    )
+    data: tuple[str, ...] = setting((str(TINY / "train.jsonl"),), "rows: JSONL, .gz allowed")
+    dev_data: tuple[str, ...] = setting((), "held-out rows; empty: --dev-rows of --data are")
     dev_rows: int = setting(64, "rows held out from --data for the loss during training")
     tasks: tuple[str, ...] = setting(("math", "word", "science", "code"), "scored before and after")
     limit: int = setting(0, "items of a task that are scored; 0: all")
-    allow_code_execution: bool = setting(
-        False, "code tasks: run the programs that the model writes"
-    )
+    allow_code_execution: bool = setting(False, "tasks of code: run what the model writes")
     out: str = setting("", "run folder; empty: the next free runs/NUMBER")
     stop_token: str = setting("", "one more token that ends an assistant's turn")
     adapter: str = setting("lora", "none, lora, dora or rslora")
@@ -104,9 +69,7 @@ class Settings:
     writeback: str = setting("gate", "side path: add, gate or bounded")
     bound: float = setting(0.1, "side path: the bounded writeback's share of the stream's norm")
     grad_scale: float = setting(1.0, "side path: factor on all gradients that it receives")
-    trunk_grad_scale: float = setting(
-        1.0, "side path: factor on its gradient to the trunk; 0 detaches"
-    )
+    trunk_grad_scale: float = setting(1.0, "side path: factor on those it sends back; 0 detaches")
     talan_lr_scale: float = setting(1.0, "side path: factor on the learning rate")
     scope: str = setting("joint", "what trains: joint, adapter, talan, writeback or full")
     seed: int = setting(0, "seeds starts, order of the rows and dropout, each by itself")
@@ -135,13 +98,11 @@ class Settings:
     overwrite: bool = setting(False, "delete the run in --out first")
 
     def __post_init__(self) -> None:
-        check_numbers(
-            self, dev_rows=0, limit=0, steps=0, epochs=1e-9, step_tokens=1, micro_tokens=0
-        )
-        check_numbers(self, max_tokens=1, lr=1e-30, min_lr=0, warmup=0, weight_decay=0, clip=0)
-        check_numbers(self, talan_lr_scale=0, log_every=0, eval_every=0, save_every=0)
-        if self.min_lr > 1 or self.warmup > 1:
-            raise ValueError("min-lr, warmup: expected shares, at most 1")
+        names = "dev_rows limit steps micro_tokens min_lr warmup weight_decay clip talan_lr_scale"
+        check_numbers(self, **dict.fromkeys(names.split(), 0))
+        check_numbers(self, log_every=0, eval_every=0, save_every=0, max_tokens=1, step_tokens=1)
+        if self.epochs <= 0 or self.lr <= 0 or self.min_lr > 1 or self.warmup > 1:
+            raise ValueError("epochs, lr: expected above 0; min-lr, warmup: shares, at most 1")
 
 
 # ---- rows ----
@@ -159,20 +120,18 @@ def load_rows(
     micro = settings.micro_tokens or settings.step_tokens
     limit = min(settings.max_tokens, settings.step_tokens, micro)
     for file in files:
-        bar = tqdm(
-            read_rows(file, counts), f"encode {Path(file).name}", unit="row", disable=disable_bar
-        )
-        for where, conversation in bar:
+        name = f"encode {Path(file).name}"
+        for where, chat in tqdm(read_rows(file, counts), name, unit="row", disable=disable_bar):
             try:
-                row = encode_row(tokenizer, **asdict(conversation))
+                row = encode_row(tokenizer, chat.messages, chat.tools, chat.apart)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
             counts["read"] += 1
-            if len(row.ids) > limit:
-                counts["truncated" if settings.truncate else "too long"] += 1
-                if not settings.truncate:
-                    continue
-                row = Row(row.ids[:limit], row.supervised[:limit])
+            too_long = len(row.ids) > limit
+            counts["truncated" if settings.truncate else "too long"] += too_long
+            if too_long and not settings.truncate:
+                continue
+            row = Row(row.ids[:limit], row.supervised[:limit])
             if any(row.supervised[1:]):
                 rows.append(row)
             else:
@@ -182,25 +141,22 @@ def load_rows(
     return rows, counts
 
 
-def load_data(
-    settings: Settings, tokenizer: Tokenizer, disable_bar: bool | None
-) -> tuple[list[Row], list[Row]]:
-    """(training rows, held-out rows); prints the counts. Raises ValueError."""
+def load_data(settings: Settings, tokenizer: Tokenizer, ranks: Ranks) -> list[list[Row]]:
+    """[training rows, held-out rows]; prints the counts. Raises ValueError."""
     found = []
     for what, files in (("rows", settings.data), ("held-out rows", settings.dev_data)):
-        rows, counts = load_rows(files, tokenizer, settings, disable_bar) if files else ([], {})
         if files:
+            rows, counts = load_rows(files, tokenizer, settings, None if ranks.is_main else True)
             print(f"{what}: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
-        found.append(rows)
-    rows, dev = found
-    if dev:
-        return rows, dev
+            found.append(rows)
+    if settings.dev_data:
+        return found
     if not 0 < settings.dev_rows < len(rows):
         raise ValueError(f"dev-rows: expected 1 to {len(rows) - 1}, found {settings.dev_rows}")
-    draw = torch.randperm(len(rows), generator=generator(settings.seed, "dev"))
-    held = set(draw[: settings.dev_rows].tolist())
+    order = torch.randperm(len(rows), generator=generator(settings.seed, "dev")).tolist()
+    held = set(order[: settings.dev_rows])
     kept = [row for n, row in enumerate(rows) if n not in held]
-    return kept, [row for n, row in enumerate(rows) if n in held]
+    return [kept, [row for n, row in enumerate(rows) if n in held]]
 
 
 # ---- batches ----
@@ -209,18 +165,16 @@ Step = list[list[int]]  # an optimizer step: micro-batches of row numbers
 
 
 def padded_width(row: Row) -> int:
-    """Tokens fed for this row, all but its last, rounded up as a batch is."""
+    """Tokens that are fed for this row, all but its last, rounded up as a batch is."""
     return -(-(len(row.ids) - 1) // MULTIPLE) * MULTIPLE
 
 
-def plan_epoch(
-    widths: Sequence[int], step_tokens: int, micro_tokens: int, seed: int, epoch: int
-) -> list[Step]:
-    """Every row once: shuffled, sorted by width within windows, packed into steps of step_tokens.
+def plan_epoch(widths: Sequence[int], settings: Settings, micro: int, epoch: int) -> list[Step]:
+    """Every row once: shuffled, sorted by width within windows, packed into steps.
 
-    A step's rows do not depend on micro_tokens, which only cuts it: 1 x 8 rows are 4 x 2 rows.
+    A step's rows do not depend on the micro-batch's tokens: 1 x 8 rows are 4 x 2 rows.
     """
-    g = generator(seed, "order", epoch)
+    g, step_tokens = generator(settings.seed, "order", epoch), settings.step_tokens
     order = torch.randperm(len(widths), generator=g).tolist()
     window = max(1, 50 * step_tokens * len(widths) // max(1, sum(widths)))  # rows of fifty steps
     steps = []
@@ -228,11 +182,11 @@ def plan_epoch(
         ordered = sorted(order[start : start + window], key=lambda n: widths[n])
         steps += pack(ordered, widths, step_tokens)
     shuffled = torch.randperm(len(steps), generator=g).tolist()
-    return [pack(steps[i], widths, micro_tokens or step_tokens) for i in shuffled]
+    return [pack(steps[i], widths, micro or step_tokens) for i in shuffled]
 
 
 def pack(rows: Sequence[int], widths: Sequence[int], budget: int) -> list[list[int]]:
-    """Consecutive groups whose padded size, rows x widest, stays within budget (one row always fits)."""
+    """Consecutive groups of a padded size, rows x widest, within budget (one row always fits)."""
     groups: list[list[int]] = [[]]
     widest = 0
     for n in rows:
@@ -244,29 +198,26 @@ def pack(rows: Sequence[int], widths: Sequence[int], budget: int) -> list[list[i
     return groups
 
 
-def plan_steps(
-    widths: Sequence[int], settings: Settings, micro_tokens: int, first: int
-) -> Iterator[Step]:
-    """The steps of all epochs, without end, behind the first ones: a function of the seed."""
+def plan_steps(widths: Sequence[int], settings: Settings, micro: int, done: int) -> Iterator[Step]:
+    """The steps of all epochs, without end, behind the `done` first: a function of the seed."""
     epoch = 0
     while True:
-        steps = plan_epoch(widths, settings.step_tokens, micro_tokens, settings.seed, epoch)
-        yield from steps[first:]
-        first = max(0, first - len(steps))
-        epoch += 1
+        steps = plan_epoch(widths, settings, micro, epoch)
+        yield from steps[done:]
+        done, epoch = max(0, done - len(steps)), epoch + 1
 
 
 @dataclass(frozen=True)
 class Batch:
-    """tokens (B,T), padded on the right; target_positions (N,) in the flattened (B*T) of the hidden states that predict targets (N,)."""
+    """tokens (B,T) padded on the right; which of the B*T hidden states predict targets (N,)."""
 
     tokens: Tensor
-    target_positions: Tensor
+    target_positions: Tensor  # (N,)
     targets: Tensor
 
 
 def make_batch(rows: Sequence[Row], device: Any) -> Batch:
-    """Position t predicts token t + 1. No rows: padding alone, for a process that must take part."""
+    """Position t predicts token t + 1. No rows: padding, for a process that must take part."""
     rows = rows or [Row([0, 0], [False, False])]
     tokens, _ = pad_rows([row.ids[:-1] for row in rows], multiple=MULTIPLE)  # (B,T)
     following, _ = pad_rows([row.ids[1:] for row in rows], multiple=MULTIPLE)  # (B,T)
@@ -280,9 +231,9 @@ def make_batch(rows: Sequence[Row], device: Any) -> Batch:
 
 
 class CrossEntropySum(torch.autograd.Function):
-    """sum_n (logsumexp(l_n) - l_n[target_n]), l = hidden weight^T, some rows at a time.
+    """sum_n (logsumexp(l_n) - l_n[target_n]), l = hidden weight^T, a chunk of rows at a time.
 
-    The gradient softmax(l) - onehot(target) is multiplied out in forward: no (N,V) tensor lives on.
+    The gradient softmax(l) - onehot(target) is multiplied out in forward: no (N,V) lives on.
     """
 
     @staticmethod
@@ -291,11 +242,10 @@ class CrossEntropySum(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         d_hidden = torch.empty_like(hidden) if learn else None
         d_weight = torch.zeros_like(weight) if learn and weight.requires_grad else None
-        numbers = 1 << (26 if hidden.is_cuda else 23)  # in a chunk of logits
-        size = max(1, numbers // weight.shape[0])
+        logits = 1 << (26 if hidden.is_cuda else 23)  # numbers of a chunk
+        size = max(1, logits // weight.shape[0])
         for start in range(0, len(hidden), size):
-            rows = slice(start, start + size)
-            h, target = hidden[rows], targets[rows, None]
+            h, target = hidden[start : start + size], targets[start : start + size, None]
             log_p = (h @ weight.T).log_softmax(-1, dtype=torch.float32)  # (chunk,V)
             total -= log_p.gather(-1, target).sum()
             if d_hidden is None:
@@ -303,7 +253,7 @@ class CrossEntropySum(torch.autograd.Function):
             p = log_p.exp_()
             p.scatter_add_(-1, target, p.new_full((1, 1), -1.0).expand_as(target))
             p = p.to(weight.dtype)
-            d_hidden[rows] = p @ weight
+            d_hidden[start : start + size] = p @ weight
             if d_weight is not None:
                 d_weight += p.T @ h
         ctx.save_for_backward(d_hidden, d_weight)
@@ -311,21 +261,20 @@ class CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """grad () -> d_hidden (N,D), d_weight (V,D)."""
-        d_hidden, d_weight = ctx.saved_tensors
-        return grad * d_hidden, None if d_weight is None else grad * d_weight, None, None
+        """grad () -> d_hidden (N,D), d_weight (V,D) where the head learns."""
+        return *(None if d is None else d * grad for d in ctx.saved_tensors), None, None
 
 
-def loss_sum(ddp_model: nn.Module, batch: Batch, model: Transformer) -> Tensor:
+def loss_sum(ddp_model: Any, batch: Batch, model: Transformer) -> Tensor:
     """Cross-entropy summed over the batch's N supervised tokens; logits exist only there."""
     hidden = ddp_model(batch.tokens).flatten(0, 1)[batch.target_positions]  # (N,D)
     return CrossEntropySum.apply(hidden, model.head_weight, batch.targets, torch.is_grad_enabled())
 
 
 def add_gradients(
-    ddp_model: nn.Module, model: Transformer, batches: Sequence[Batch], count: int, ranks: Ranks
+    ddp_model: Any, model: Transformer, batches: Sequence[Batch], count: int, ranks: Ranks
 ) -> Tensor:
-    """Gradients of (all losses of all processes) / count; returns the sum of this process' losses."""
+    """Gradients of (all losses of all processes) / count; returns the sum of this one's losses."""
     total = torch.zeros((), device=batches[0].tokens.device)
     for batch in batches:
         with no_sync(ddp_model, batch is batches[-1]):
@@ -336,21 +285,17 @@ def add_gradients(
 
 
 @torch.no_grad()
-def mean_loss(
-    model: Transformer, rows: Sequence[Row], budget: int, device: Any, ranks: Ranks
-) -> float:
-    """Mean cross-entropy over the supervised tokens of these rows, in eval mode; draws nothing."""
-    was_training = model.training
+def mean_loss(model: Any, rows: Sequence[Row], budget: int, device: Any, ranks: Ranks) -> float:
+    """Mean cross-entropy over the supervised tokens of rows, in eval mode; draws nothing."""
+    was_training, widths = model.training, [padded_width(row) for row in rows]
+    sums = torch.zeros(2, dtype=torch.float64)  # losses, tokens
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # losses, tokens
-    widths = [padded_width(row) for row in rows]
     order = sorted(range(len(rows)), key=lambda n: widths[n])
     for group in ranks.shard(pack(order, widths, budget), []):
         batch = make_batch([rows[n] for n in group], device)
-        sums[0] += loss_sum(model, batch, model)
-        sums[1] += len(batch.targets)
+        sums += torch.tensor([loss_sum(model, batch, model).item(), len(batch.targets)])
     model.train(was_training)
-    total, count = ranks.sum(sums).tolist()
+    total, count = ranks.sum(sums.to(device)).tolist()
     return total / count
 
 
@@ -359,41 +304,38 @@ def mean_loss(
 
 def build_configs(settings: Settings) -> tuple[AdapterConfig, TalanConfig | None]:
     """Adapter and side path as the settings say. Raises ValueError."""
-    layers = []
-    for word in settings.layers:
-        if not re.fullmatch(r"\d+|0?\.\d+", word):
-            raise ValueError(f"layers: expected indices or fractions such as 0.5, found {word!r}")
-        layers.append(float(word) if "." in word else int(word))
-    axes = {field.name: getattr(settings, field.name) for field in dataclasses.fields(TalanConfig)}
-    talan = TalanConfig(**axes | {"layers": tuple(layers)})
-    s = settings
+    s, layers = settings, settings.layers
+    if not all(re.fullmatch(r"\d+|0?\.\d+", word) for word in layers):
+        raise ValueError(f"layers: expected indices or fractions such as 0.5, found {layers}")
+    axes = {field.name: getattr(s, field.name) for field in dataclasses.fields(TalanConfig)}
+    axes["layers"] = tuple(float(word) if "." in word else int(word) for word in layers)
     adapter = AdapterConfig(s.adapter, s.rank, s.alpha, s.dropout, s.targets)
-    return adapter, talan if settings.talan else None
+    return adapter, TalanConfig(**axes) if s.talan else None
 
 
 def build_model(settings: Settings, device: torch.device) -> Transformer:
     """The backbone with adapter and side path attached. Raises ValueError."""
     dtype = choose_dtype(settings.dtype, device)
     if settings.scope == "full" and (settings.fsdp or dtype != torch.float32):
-        raise ValueError("scope full trains the backbone: expected --dtype float32, and no --fsdp")
+        raise ValueError("scope full trains the backbone: expected --dtype float32 and no --fsdp")
     # FSDP moves it block by block
     model = load_model(settings.backbone, "cpu" if settings.fsdp else device, dtype)
     attach(model, *build_configs(settings), settings.scope, settings.seed)
     model.checkpointing = settings.checkpointing
-    if settings.compile:
-        for block in model.model.layers:  # all run the first one's code
-            block.compile(dynamic=True)
+    for block in model.model.layers if settings.compile else ():
+        block.compile(dynamic=True)  # all run the first one's code
     return model
 
 
 def build_optimizer(model: Transformer, settings: Settings) -> torch.optim.Optimizer:
     """AdamW; the side path is a group of its own, at talan_lr_scale times the rate."""
-    groups: list[Record] = [{"params": [], "lr_scale": 1.0}]
-    groups.append({"params": [], "lr_scale": settings.talan_lr_scale})
+    backbone: Record = {"params": [], "lr_scale": 1.0}
+    side_path: Record = {"params": [], "lr_scale": settings.talan_lr_scale}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            groups[group_of(name) == "side path"]["params"].append(p)
-    groups = [group for group in groups if group["params"]]
+            group = side_path if group_of(name) == "side path" else backbone
+            group["params"].append(p)
+    groups = [group for group in (backbone, side_path) if group["params"]]
     decay = settings.weight_decay
     return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=decay, fused=True)
 
@@ -403,29 +345,26 @@ def learning_rate(step: int, steps: int, settings: Settings) -> float:
     rise = max(1, round(settings.warmup * steps))
     if step <= rise:
         return settings.lr * step / rise
-    progress = (step - rise) / max(1, steps - rise)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
     return settings.lr * (settings.min_lr + (1 - settings.min_lr) * cosine)
 
 
 # ---- the run on disk ----
 
 
-def save_checkpoint(
-    run: Path, step: int, model: Transformer, optimizer: torch.optim.Optimizer
-) -> None:
-    """RUN/step-N, whole or absent: adapter, side path (scope full: weights), parameters, optimizer state."""
+def save_checkpoint(run: Path, step: int, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    """RUN/step-N, whole or absent: adapter, side path, parameters, the optimizer's state."""
     fsync(run / "metrics.jsonl")  # a checkpoint never knows more steps than the metrics
     state = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             state[f"parameter.{name}"] = p.detach().cpu()
             for key, value in optimizer.state[p].items():
-                state[f"optimizer.{key}.{name}"] = torch.as_tensor(value).cpu()
+                state[f"optimizer.{key}.{name}"] = value.cpu()
     with atomic(run / f"step-{step:07d}") as tmp:
-        if model.head_weight.requires_grad:
+        if model.head_weight.requires_grad:  # scope full
             save_model(model, tmp, backbone_weights(model))
-            model.source = str(run)  # what the adapter beside it belongs to
+            model.source = str(run)  # whose the adapter beside it is
         if model.adapter_config.kind != "none" or model.talan_config:
             save_adapter(model, tmp)
         save_file(state, tmp / "train_state.safetensors")
@@ -434,34 +373,29 @@ def save_checkpoint(
         remove(old)
 
 
-def load_checkpoint(run: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(run: Path, model: Any, optimizer: torch.optim.Optimizer) -> int:
     """Put the newest checkpoint into model and optimizer; returns its step, 0 without one.
 
-    The optimizer's state is stored by parameter name, whatever its keys. Raises ValueError, with
-    both untouched, when the tensors are not this run's.
+    The optimizer's state is kept by parameter name, whatever its keys. Raises ValueError, with
+    both untouched, when the parameters are not this run's.
     """
     folder = checkpoint_folder(run)
     if folder == run:
         return 0
-    info = read_json(folder / "train_state.json")
-    if info.get("format") != 2:
-        raise ValueError(f"{folder}: train_state of format {info.get('format')}, this reads 2")
-    file = folder / "train_state.safetensors"
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    want = {f"parameter.{name}": p for name, p in named.items()}
-    found = {
-        name: info for name, info in tensor_info(file).items() if name.startswith("parameter.")
-    }
-    problems = compare_tensors(want, found)
-    if problems:
-        raise ValueError(f"{folder}: of other settings:\n  " + "\n  ".join(problems))
+    info, file = read_json(folder / "train_state.json"), folder / "train_state.safetensors"
+    named = {f"parameter.{name}": p for name, p in model.named_parameters() if p.requires_grad}
+    found = {k: v for k, v in tensor_info(file).items() if k.startswith("parameter.")}
+    problems = compare_tensors(named, found)
+    if info.get("format") != 2 or problems:
+        raise ValueError("\n  ".join([f"{folder}: of other settings or format:", *problems]))
     for key, tensor in load_file(file).items():
         kind, _, name = key.partition(".")
         if kind == "parameter":
-            named[name].data.copy_(tensor)
+            named[key].data.copy_(tensor)
         else:
-            key, _, name = name.partition(".")
-            optimizer.state[named[name]][key] = tensor.to(named[name].device)
+            kind, _, name = name.partition(".")
+            p = named[f"parameter.{name}"]
+            optimizer.state[p][kind] = tensor.to(p.device)
     return info["step"]
 
 
@@ -471,10 +405,9 @@ class Metrics:
     def __init__(self, run: Path, step: int, writes: bool) -> None:
         self.file, self.writes = run / "metrics.jsonl", writes
         kept = []
-        for line in self.file.read_text().splitlines() if step and self.file.exists() else ():
+        for line in self.file.read_text().splitlines() if step else ():
             with contextlib.suppress(ValueError):  # a line half written
-                if json.loads(line).get("step", 0) <= step:
-                    kept.append(line + "\n")
+                kept += [line + "\n"] if json.loads(line)["step"] <= step else []
         if writes:
             with atomic(self.file) as tmp:
                 tmp.write_text("".join(kept))
@@ -489,185 +422,160 @@ class Metrics:
 class Interrupt:
     """Ctrl-C or SIGTERM: once, finish the step and save; twice, stop now."""
 
-    def __init__(self) -> None:
-        self.asked = False
-        self.before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.before[number] = signal.signal(number, self.ask)
+    def __enter__(self) -> Interrupt:
+        self.asked, numbers = False, (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self.ask) for number in numbers}
+        return self
 
-    def ask(self, number: int, frame: Any) -> None:
+    def ask(self, *_: Any) -> None:
         """Remember it, and let the next one through."""
         self.asked = True
         print("\nfinishing the step and saving; once more stops at once", file=sys.stderr)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def close(self) -> None:
-        """Put back what was there before."""
+    def __exit__(self, *_: Any) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
 
 def choose_run(settings: Settings, overrides: Record) -> tuple[Path, Settings]:
     """The run folder, and the settings: those stored, when a run is resumed. Raises ValueError."""
-    run = Path(settings.out or free_folder())
+    number = 1
+    while not settings.out and Path(f"runs/{number}").exists():
+        number += 1
+    run = Path(settings.out or f"runs/{number}")
     stored = run / "settings.json"
     if settings.resume and stored.exists():
-        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in read_json(stored).items()}
-        try:
-            old = Settings(**saved)
-        except TypeError as error:
-            raise ValueError(f"{stored}: of another version: {error}") from None
-        for name, value in overrides.items():
-            if name not in ("out", "resume") and value != saved[name]:
-                raise ValueError(f"{run}: resumes with its own {name} {saved[name]}, found {value}")
-        return run, replace(old, resume=True)
+        saved: Any = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in read_json(stored).items()
+        }
+        asked = {k: v for k, v in overrides.items() if k not in ("out", "resume")}
+        differ = [f"{k} {saved.get(k)}, not {v}" for k, v in asked.items() if v != saved.get(k)]
+        if differ or set(saved) != set(asdict(settings)):
+            raise ValueError(f"{run}: resumes by its own settings: {', '.join(differ) or saved}")
+        return run, replace(Settings(**saved), resume=True)
     taken = run.exists() and (not run.is_dir() or any(run.iterdir()))
     if taken and not settings.dry_run and not (settings.overwrite and stored.exists()):
         raise ValueError(f"{run}: exists; --resume resumes a run, --overwrite deletes it")
     return run, settings
 
 
-def free_folder() -> str:
-    """The next free runs/NUMBER."""
-    number = 1
-    while Path(f"runs/{number}").exists():
-        number += 1
-    return f"runs/{number}"
-
-
 def make_run(run: Path, settings: Settings, record: Record) -> None:
-    """Make the folder, or check that the run in it has this data and backbone. Raises ValueError."""
-    old = read_record(run) if settings.resume else {}
-    if settings.overwrite and run.exists():
+    """Make the folder, or check that its run began with this data and backbone; ValueError."""
+    if settings.overwrite:
         remove(run)
     run.mkdir(parents=True, exist_ok=settings.out != "")
     for leftover in run.glob(".*.tmp"):
         remove(leftover)
+    old = read_record(run) if settings.resume else {}
+    for name, value in record.items() if old else ():
+        if name.endswith("sha256") and old.get(name) != value:
+            raise ValueError(f"{run}: began with {name} {old.get(name)}, found {value}")
+        if name != "settings" and old.get(name) != value:
+            print(f"warning: {run}: {name} was {old.get(name)}, is {value}", file=sys.stderr)
     if not (run / "settings.json").exists():
         stored = replace(settings, resume=False, overwrite=False)
         write_json(run / "settings.json", asdict(stored))
-    for name in ("data_sha256", "backbone_sha256"):
-        if old and old[name] != record[name]:
-            raise ValueError(f"{run}: {name} was {old[name]}, found {record[name]}")
-    for name in ("commit", "torch", "device", "hardware", "world"):
-        if old and old.get(name) != record[name]:
-            print(f"warning: {run}: {name} was {old.get(name)}, is {record[name]}", file=sys.stderr)
 
 
 # ---- the loop ----
 
 
-def train(
-    settings: Settings,
-    run: Path,
-    model: Transformer,
-    rows: list[Row],
-    dev: list[Row],
-    device: torch.device,
-    record: Record,
-    interrupt: Interrupt,
-    ranks: Ranks,
+def train(  # noqa: PLR0915 - the loop is read as one block
+    settings: Settings, run: Path, model: Any, data: Any, device: Any, record: Record, ranks: Ranks
 ) -> bool:
     """Train from the newest checkpoint to the last step; False when interrupted.
 
     A step's loss: sum / number of its supervised tokens, over all micro-batches and processes.
     Raises ValueError before a step that is not finite.
     """
+    rows, dev = data
     ddp_model = distribute(model, model.model.layers, ranks, device, settings.fsdp)
     optimizer = build_optimizer(model, settings)
     first = load_checkpoint(run, model, optimizer)
     widths = [padded_width(row) for row in rows]
     labels = [sum(row.supervised[1:]) for row in rows]
     budget = settings.micro_tokens or -(-settings.step_tokens // ranks.world)
-    epoch = plan_epoch(widths, settings.step_tokens, 0, settings.seed, 0)
+    epoch = plan_epoch(widths, settings, 0, 0)
     steps = settings.steps or max(1, round(settings.epochs * len(epoch)))
     trainable = [p for p in model.parameters() if p.requires_grad]
     metrics = Metrics(run, first, ranks.is_main)
     if first == 0:
-        metrics.write(
-            kind="run", step=0, **record, steps=steps, trainable=sum(p.numel() for p in trainable)
-        )
+        count = sum(p.numel() for p in trainable)
+        metrics.write(kind="run", step=0, **record, steps=steps, trainable=count)
         metrics.write(kind="dev", step=0, loss=mean_loss(model, dev, budget, device, ranks))
     plan = plan_steps(widths, settings, budget, first)
-    bar = tqdm(
-        initial=first,
-        total=steps,
-        desc="train",
-        unit="step",
-        disable=None if ranks.is_main else True,
-    )
+    options: Record = {"desc": "train", "unit": "step", "disable": None if ranks.is_main else True}
+    bar = tqdm(initial=first, total=steps, **options)
     model.train()
-    for step in range(first + 1, steps + 1):
-        began, micros = time.perf_counter(), next(plan)
-        torch.manual_seed(dropout_seed(settings.seed, step, ranks))
-        count = sum(labels[n] for micro in micros for n in micro)
-        tokens = sum(len(micro) * max(widths[n] for n in micro) for micro in micros)
-        batches = [
-            make_batch([rows[n] for n in micro], device) for micro in ranks.shard(micros, [])
-        ]
-        with cached_dora_norms(model):
-            total = add_gradients(ddp_model, model, batches, count, ranks)
-        grad_norm = nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
-        sums = ranks.sum(torch.stack((total, total.new_full((), interrupt.asked))))
-        loss, asked, norm = torch.cat((sums, grad_norm[None])).tolist()  # the step's one wait
-        loss /= count
-        if not math.isfinite(loss + norm):
-            raise ValueError(f"step {step}: loss {loss}, gradient norm {norm}, in rows {micros}")
-        nn.utils.clip_grads_with_norm_(trainable, settings.clip or math.inf, grad_norm)
-        rate = learning_rate(step, steps, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["lr_scale"]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - began
-        metrics.write(
-            kind="step",
-            step=step,
-            loss=loss,
-            lr=rate,
-            grad_norm=norm,
-            tokens=tokens,
-            supervised=count,
-            seconds=round(seconds, 4),
-        )
-        bar.update()
-        bar.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
-        stop = asked > 0 or ranks.world == 1 and interrupt.asked
-        last = step == steps or stop
-        if settings.log_every and (step % settings.log_every == 0 or last):
-            bar.write(
-                f"step {step}/{steps}  loss {loss:.4f}  lr {rate:.2e}  norm {norm:.3f}  {tokens / seconds:,.0f} tokens/s"
-            )
-        if step == steps or settings.eval_every and step % settings.eval_every == 0:
-            metrics.write(
-                kind="dev",
-                step=step,
-                loss=(dev_loss := mean_loss(model, dev, budget, device, ranks)),
-            )
-            bar.write(f"step {step}/{steps}  held-out loss {dev_loss:.4f}")
-        if ranks.is_main and (last or settings.save_every and step % settings.save_every == 0):
-            save_checkpoint(run, step, model, optimizer)
-        if stop and step < steps:
-            return False
-    bar.close()
+    with Interrupt() as interrupt, bar:
+        for step in range(first + 1, steps + 1):
+            began, micros = time.perf_counter(), next(plan)
+            seed = generator(settings.seed, "dropout", step).initial_seed()
+            torch.manual_seed(seed + ranks.rank)  # the global stream serves dropout alone
+            tokens = sum(len(micro) * max(widths[n] for n in micro) for micro in micros)
+            count = sum(labels[n] for micro in micros for n in micro)
+            mine = ranks.shard(micros, [])
+            batches = [make_batch([rows[n] for n in micro], device) for micro in mine]
+            with cached_dora_norms(model):
+                total = add_gradients(ddp_model, model, batches, count, ranks)
+            norm = nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
+            sums = ranks.sum(torch.stack((total, total.new_full((), interrupt.asked))))
+            loss, asked, grad_norm = torch.cat((sums, norm[None])).tolist()  # waits, once a step
+            loss /= count
+            if not math.isfinite(loss + grad_norm):
+                found = f"loss {loss}, gradient norm {grad_norm}"
+                raise ValueError(
+                    f"step {step}: {found}; the last checkpoint is whole; rows {micros}"
+                )
+            nn.utils.clip_grads_with_norm_(trainable, settings.clip or math.inf, norm)
+            rate = learning_rate(step, steps, settings)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["lr_scale"]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            values = {"step": step, "loss": loss, "lr": rate, "grad_norm": grad_norm}
+            values |= {"tokens": tokens, "supervised": count}
+            values["seconds"] = round(time.perf_counter() - began, 4)
+            metrics.write(kind="step", **values)
+            stop = bool(asked) or ranks.world == 1 and interrupt.asked
+            last = step == steps or stop
+            show_step(bar, values, last or is_due(step, settings.log_every))
+            if step == steps or is_due(step, settings.eval_every):
+                dev_loss = mean_loss(model, dev, budget, device, ranks)
+                metrics.write(kind="dev", step=step, loss=dev_loss)
+                bar.write(f"step {step}/{steps}  held-out loss {dev_loss:.4f}")
+            if ranks.is_main and (last or is_due(step, settings.save_every)):
+                save_checkpoint(run, step, model, optimizer)
+            if stop and step < steps:
+                return False
     return True
 
 
-def dropout_seed(seed: int, step: int, ranks: Ranks) -> int:
-    """A seed for each step and process; rank 0's is that of a run in one process."""
-    parts = (seed, "dropout", step) if ranks.is_main else (seed, "dropout", step, ranks.rank)
-    return generator(*parts).initial_seed()
+def is_due(step: int, every: int) -> bool:
+    """Is it a step for what is done every so many steps (0: never)?"""
+    return every > 0 and step % every == 0
 
 
-def dry_run(settings: Settings, model: Transformer, tokenizer: Tokenizer, rows: list[Row]) -> None:
-    """Print settings, parameters, token counts and the first micro-batch, what is learnt in [[ ]]."""
+def show_step(bar: tqdm, values: Record, line: bool) -> None:
+    """Move the bar on, and print a line of the step's numbers where one is due."""
+    speed = f"{values['tokens'] / max(values['seconds'], 1e-4):,.0f} tokens/s"
+    bar.update()
+    bar.set_postfix_str(f"loss {values['loss']:.4f}, {speed}", refresh=False)
+    if line:
+        numbers = "loss {loss:.4f}  lr {lr:.2e}  norm {grad_norm:.3f}".format(**values)
+        bar.write(f"step {values['step']}/{bar.total}  {numbers}  {speed}")
+
+
+def dry_run(settings: Settings, model: Any, tokenizer: Tokenizer, rows: list[Row]) -> None:
+    """Print settings, parameters, counts and the first micro-batch, what is learnt in [[ ]]."""
     print(json.dumps(asdict(settings), indent=2))
     print(report(model))
+    widths = [padded_width(row) for row in rows]
+    epoch = plan_epoch(widths, settings, settings.micro_tokens, 0)
     tokens = sum(len(row.ids) for row in rows)
     learnt = sum(sum(row.supervised) for row in rows)
-    widths = [padded_width(row) for row in rows]
-    epoch = plan_epoch(widths, settings.step_tokens, settings.micro_tokens, settings.seed, 0)
     share = f"{learnt:,} supervised ({100 * learnt / tokens:.1f} %)"
     print(f"{len(rows):,} rows, {tokens:,} tokens, {share}, {len(epoch):,} steps an epoch")
     print(f"first micro-batch of {len(epoch[0])}, supervised tokens in [[ ]]:")
@@ -687,13 +595,12 @@ def show_row(row: Row, tokenizer: Tokenizer) -> str:
 
 def scoring(settings: Settings, out: Path, run: Path | None = None) -> EvalSettings:
     """How eval.py scores the backbone, or the run in this folder."""
-    shared = {"tasks", "limit", "device", "dtype", "allow_code_execution", "stop_token"}
-    values = {name: getattr(settings, name) for name in shared}
-    has_adapter = settings.talan or settings.adapter != "none"
-    full = run is not None and settings.scope == "full"
-    backbone = str(checkpoint_folder(run)) if full else settings.backbone
-    adapter = str(run) if run and has_adapter else ""
-    return EvalSettings(backbone=backbone, adapter=adapter, out=str(out), **values)
+    shared = ("tasks", "limit", "device", "dtype", "allow_code_execution", "stop_token")
+    values = {name: getattr(settings, name) for name in shared} | {"out": str(out)}
+    if run and (settings.talan or settings.adapter != "none"):
+        values["adapter"] = str(run)
+    full = run and settings.scope == "full"
+    return EvalSettings(backbone=str(run) if full else settings.backbone, **values)
 
 
 def main(overrides: Record, in_sweep: bool = False) -> None:
@@ -708,42 +615,34 @@ def main(overrides: Record, in_sweep: bool = False) -> None:
         torch.use_deterministic_algorithms(True)
     if settings.fsdp and ranks.world == 1:
         raise ValueError("fsdp: needs torchrun --nproc-per-node N train.py ...")
-    device, scored = choose_device(settings.device), settings.tasks != ("none",)
+    tasks = find_tasks(settings.tasks) if settings.tasks != ("none",) else []
+    check_permission(tasks, settings.allow_code_execution)
+    for task in tasks:
+        load_items(task)  # a bad file of items is found now, not after hours of training
+    device = choose_device(settings.device)
     keep_freed_memory()
-    if scored:
-        tasks = find_tasks(settings.tasks)
-        check_permission(tasks, settings.allow_code_execution)
-        for task in tasks:
-            load_items(task)  # a bad file of items is found now, not after hours of training
     tokenizer = load_tokenizer(settings.backbone, settings.stop_token)
     model = build_model(settings, device)
     print(f"backbone {settings.backbone} on {device} in {model.head_weight.dtype}\n{report(model)}")
-    rows, dev = load_data(settings, tokenizer, None if ranks.is_main else True)
+    data = load_data(settings, tokenizer, ranks)
     if settings.dry_run:
-        return dry_run(settings, model, tokenizer, rows)
-    record = ranks.run_on_main(lambda: run_record(settings, model, device, ranks))
+        return dry_run(settings, model, tokenizer, data[0])
+    files = (*settings.data, *settings.dev_data)
+    record = {**run_header(settings, device), "world": ranks.world}
+    record["data_sha256"] = {file: file_hash(file) for file in files}
+    record["backbone_sha256"] = folder_hash(Path(model.folder or ""))
     ranks.run_on_main(lambda: make_run(run, settings, record))
     print(f"run folder: {run}")
-    with contextlib.closing(Interrupt()) as interrupt:
-        finished = train(settings, run, model, rows, dev, device, record, interrupt, ranks)
+    finished = train(settings, run, model, data, device, record, ranks)
     ranks.barrier()
-    if not finished or in_sweep and interrupt.asked:
+    if not finished:
         raise SystemExit(130)
-    if scored and not in_sweep:
+    if tasks and not in_sweep:
         del model  # scoring loads another
         base = score(scoring(settings, run / "eval-base"))
         print(compare_table(base, score(scoring(settings, run / "eval-adapted", run))))
     print(f"wrote {run}")
-
-
-def run_record(
-    settings: Settings, model: Transformer, device: torch.device, ranks: Ranks
-) -> Record:
-    """What a run was started with, the first line of its metrics.jsonl: a resumed run is held to it."""
-    files = (*settings.data, *settings.dev_data)
-    hashes = {"data_sha256": {file: file_hash(file) for file in files}}
-    hashes["backbone_sha256"] = folder_hash(model.folder)
-    return {**run_header(settings, device), "world": ranks.world, **hashes}
+    return None
 
 
 if __name__ == "__main__":

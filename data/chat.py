@@ -21,17 +21,16 @@ import tokenizers
 from common import Record, parse_object, read_json, read_lines
 from model import resolve_folder
 
-TODAY = datetime.date(2024, 7, 26)  # templates that print a date get this one
 ROLES = ("system", "user", "assistant", "tool")
-# Columns of a row that are not read: bookkeeping, and what data/tasks.py reads of the same rows.
-UNREAD_COLUMNS = set(
-    "id idx index uid uuid source dataset subset split category subject topic type url title author"
-    " task license language lang level difficulty timestamp created_at date model answer choices code"
-    " entry_point tests plus_tests".split()
-)
+TODAY = datetime.date(2024, 7, 26)  # templates that print a date get this one
 MARK = "\ue0f0"  # a private-use character in the place of an assistant's turn, see find_turn
 LABEL_FIELDS = ("weight", "train", "loss_mask")  # of a message; 0 or false: it is not learnt
-IGNORED_FIELDS = ("id", "index", "timestamp", "source", "date", "created_at")
+# Bookkeeping: not read in a message or a row; of a row also what data/tasks.py reads of it.
+UNREAD = set(
+    "id idx index uid uuid source dataset subset split category subject topic type url title author"
+    " task license language lang level difficulty timestamp created_at date model".split()
+)
+TASK_COLUMNS = {"answer", "choices", "code", "entry_point", "tests", "plus_tests"}
 Message = dict[str, Any]
 
 # For a model without a template.
@@ -44,7 +43,7 @@ PLAIN_TEMPLATE = (
 
 
 class GenerationTag(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}: its body, with a scope of its own."""
+    """{% generation %} ... {% endgeneration %}: its body, in a scope of its own."""
 
     tags = {"generation"}
 
@@ -52,15 +51,15 @@ class GenerationTag(jinja2.ext.Extension):
         """The block as a call that renders its body, as transformers has it."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        call = self.call_method("_body")
+        call = self.call_method("_render")
         return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
 
-    def _body(self, caller: Any) -> str:
+    def _render(self, caller: Any) -> str:
         return caller()
 
 
 def compile_template(source: str) -> jinja2.Template:
-    """A chat template in jinja2's immutable sandbox, with transformers' helpers. Raises ValueError."""
+    """A chat template in jinja2's immutable sandbox, with transformers' helpers; ValueError."""
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -68,9 +67,9 @@ def compile_template(source: str) -> jinja2.Template:
     def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-    extensions = [GenerationTag, jinja2.ext.loopcontrols]
-    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment
-    env = sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    options: Any = {"trim_blocks": True, "lstrip_blocks": True}
+    options["extensions"] = [GenerationTag, jinja2.ext.loopcontrols]
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(**options)
     env.filters["tojson"] = tojson
     env.globals.update(raise_exception=raise_exception, strftime_now=TODAY.strftime)
     try:
@@ -101,14 +100,12 @@ class Tokenizer:
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"the tokenizer refuses this text: {error}") from None
 
-    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """The text of token ids."""
-        return self.core.decode(list(ids), skip_special_tokens=skip_special)
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        return self.core.decode(list(ids), skip_special_tokens=False)
 
-    def render(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Any = None
-    ) -> str:
-        """Messages as text, thinking off, dates pinned. Raises ValueError where the template does."""
+    def render(self, messages: Any, add_generation_prompt: bool = False, tools: Any = None) -> str:
+        """Messages as text: thinking off, dates pinned. Raises ValueError if the template does."""
         values = {"messages": list(messages), "tools": tools, "documents": None, **self.specials}
         values |= {"enable_thinking": False, "date_string": TODAY.strftime("%d %b %Y")}
         try:
@@ -136,13 +133,13 @@ def load_tokenizer(path: str | Path, stop_token: str = "") -> Tokenizer:
     core.no_padding()
     core.no_truncation()
     config = optional_json(folder / "tokenizer_config.json")
-    for key, token in sorted(
-        (config.get("added_tokens_decoder") or {}).items(), key=lambda t: int(t[0])
-    ):
-        if core.token_to_id(token["content"]) is None:  # transformers adds it
-            core.add_tokens([tokenizers.AddedToken(**token)])
-        if core.token_to_id(token["content"]) != int(key):
-            raise ValueError(f"{folder}: tokenizer.json has {token['content']!r} not as id {key}")
+    listed = config.get("added_tokens_decoder") or {}
+    for key in sorted(listed, key=int):
+        text = listed[key]["content"]
+        if core.token_to_id(text) is None:  # transformers adds it
+            core.add_tokens([tokenizers.AddedToken(**listed[key])])
+        if core.token_to_id(text) != int(key):
+            raise ValueError(f"{folder}: {text!r} is not the token {key} in tokenizer.json")
     probe = core.encode("a")
     begin = (
         probe.ids[: probe.special_tokens_mask.index(0)] if 0 in probe.special_tokens_mask else []
@@ -150,9 +147,8 @@ def load_tokenizer(path: str | Path, stop_token: str = "") -> Tokenizer:
     core.post_processor = tokenizers.processors.Sequence([])  # no BOS, exact offsets
     specials = {"begin": core.decode(begin, skip_special_tokens=False)}
     for name, token in (optional_json(folder / "special_tokens_map.json") | config).items():
-        text = token.get("content") if isinstance(token, dict) else token
-        if name.endswith("_token") and isinstance(text, str):
-            specials[name] = text
+        token = token.get("content") if isinstance(token, dict) else token
+        specials |= {name: token} if name.endswith("_token") and isinstance(token, str) else {}
     template = compile_template(template_source(folder, config))
     tokenizer = Tokenizer(core, template, specials, begin)
     tokenizer.eos_ids = stop_ids(tokenizer, folder, stop_token)
@@ -165,11 +161,10 @@ def optional_json(file: Path) -> Record:
 
 
 def template_source(folder: Path, config: Record) -> str:
-    """chat_template.jinja, else tokenizer_config.json's (of several, default), else the plain one."""
+    """chat_template.jinja, else tokenizer_config.json's, else the plain one. Raises ValueError."""
     file = folder / "chat_template.jinja"
     source = config.get("chat_template") or PLAIN_TEMPLATE
-    if file.exists():
-        source = file.read_text(encoding="utf-8")
+    source = file.read_text(encoding="utf-8") if file.exists() else source
     if isinstance(source, list):
         source = {each.get("name"): each.get("template") for each in source}.get("default")
     if not isinstance(source, str):
@@ -178,26 +173,25 @@ def template_source(folder: Path, config: Record) -> str:
 
 
 def stop_ids(tokenizer: Tokenizer, folder: Path, stop_token: str) -> tuple[int, ...]:
-    """generation_config.json's, else config.json's; eos_token's; the one that ends the template's turns."""
+    """generation_config.json's, else config.json's; eos_token; what ends the template's turns."""
     core = tokenizer.core
     named = optional_json(folder / "generation_config.json").get("eos_token_id")
     if named is None:
         named = optional_json(folder / "config.json").get("eos_token_id")
-    ids = named if isinstance(named, list) else [named]
+    ids = {*named} if isinstance(named, list) else {named}
     for token in (tokenizer.specials.get("eos_token"), stop_token):
         if token and core.token_to_id(token) is None:
             raise ValueError(f"{folder}: stop token {token!r} is not in tokenizer.json")
-        ids = [*ids, core.token_to_id(token) if token else None]
+        ids.add(core.token_to_id(token) if token else None)
     added = {str(token.content): i for i, token in core.get_added_tokens_decoder().items()}
     end = turn_end(tokenizer, added)
     if end is not None and end not in ids:
-        token = core.id_to_token(end)
-        tokenizer.say_once(f"{token} ends the chat template's turns, so it is a stop token")
-    ids = sorted({i for i in (*ids, end) if i is not None})
-    for i in ids:
-        if i not in added.values():
-            tokenizer.say_once(f"stop id {i} is {core.id_to_token(i)!r}, no added token")
-    return tuple(ids)
+        text = core.id_to_token(end)
+        tokenizer.say_once(f"{text} ends the chat template's turns, so it is a stop token")
+    stops = sorted(i for i in {*ids, end} if i is not None)
+    for i in set(stops) - set(added.values()):
+        tokenizer.say_once(f"stop id {i} is {core.id_to_token(i)!r}, no added token")
+    return tuple(stops)
 
 
 def turn_end(tokenizer: Tokenizer, added: dict[str, int]) -> int | None:
@@ -230,24 +224,21 @@ def encode_row(
     begin the row (apart: they must); else, every token that lies wholly in the assistant's text.
     Raises ValueError when a turn, its stop token or a part of it cannot be found.
     """
-    messages = [{k: v for k, v in m.items() if k not in IGNORED_FIELDS} for m in messages]
-    text = tokenizer.render(messages, tools=tools)
-    encoding = tokenizer.encoding(text)
-    ids, supervised = encoding.ids, [False] * len(encoding.ids)
-    for turn, message in enumerate(messages):
-        check_turn(tokenizer, messages, turn, tools, text)
+    chat = RenderedChat(tokenizer, messages, tools)
+    ids, offsets, supervised = chat.ids, chat.offsets, [False] * len(chat.ids)
+    for turn, message in enumerate(chat.messages):
+        chat.check_turn(turn)
         if message["role"] != "assistant":
             continue
-        begin, end = find_turn(tokenizer, messages, turn, tools, text)
-        stop = stop_end(tokenizer, text, end)
-        first = prompt_size(tokenizer, messages[:turn], tools, text, ids, begin)
+        begin, end = chat.find_turn(turn)
+        first = chat.prompt_size(turn, begin)
         if first is None and apart:
             raise ValueError("expected a chat template whose generation prompt names the role")
         learnt = all(message.get(name, True) for name in LABEL_FIELDS)
         stopped = False
-        for i, (a, b) in enumerate(encoding.offsets):
-            is_stop = a < stop <= b and ids[i] in tokenizer.eos_ids  # it may take blanks along
-            inside = begin <= a < b <= stop if first is None else i >= first and a < b <= stop
+        for i, (a, b) in enumerate(offsets):
+            is_stop = a < end <= b and ids[i] in tokenizer.eos_ids  # it may take blanks along
+            inside = begin <= a < b <= end if first is None else i >= first and a < b <= end
             supervised[i] |= learnt and (inside or is_stop)
             stopped |= is_stop
         if not stopped:
@@ -255,83 +246,78 @@ def encode_row(
     return Row(ids, supervised)
 
 
-def check_turn(
-    tokenizer: Tokenizer, messages: list[Message], turn: int, tools: Any, text: str
-) -> None:
-    """Raise ValueError when a turn's text or field is lost, or enters the text without a label."""
-    message = messages[turn]
-    role, content = message["role"], message.get("content") or ""
-    upto = messages[
-        : turn + 1
-    ]  # thoughts of earlier turns may go: is all of it there in a last one?
-    content = re.sub(r"<think>\s*</think>|\s", "", content)
-    if role != "tool" and content not in re.sub(r"\s", "", text):
-        if content not in re.sub(r"\s", "", tokenizer.render(upto, tools=tools)):
-            raise ValueError(f"the chat template drops or changes the text of {role} turn {turn}")
-    for name in set(message) - {"role", "content", *LABEL_FIELDS}:
-        bare = {key: value for key, value in message.items() if key != name}
-        lost = tokenizer.render([*upto[:-1], bare], tools=tools) == tokenizer.render(
-            upto, tools=tools
-        )
-        if lost and role == "tool":
-            tokenizer.say_once(f"the chat template does not use {name!r} of tool turns")
-        elif lost:
-            raise ValueError(f"the chat template drops the field {name!r} of {role} turn {turn}")
-        elif role == "assistant" and name not in ("reasoning_content", "tool_calls"):
-            raise ValueError(f"the field {name!r} of assistant turn {turn} would carry no label")
+class RenderedChat:
+    """A conversation as text and ids, and where its turns are in them."""
 
+    def __init__(self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Any) -> None:
+        self.tokenizer, self.tools = tokenizer, tools
+        self.messages = [{k: v for k, v in m.items() if k not in UNREAD} for m in messages]
+        self.text = self.render(self.messages)
+        encoding = tokenizer.encoding(self.text)
+        self.ids, self.offsets = encoding.ids, encoding.offsets
 
-def find_turn(
-    tokenizer: Tokenizer, messages: list[Message], turn: int, tools: Any, text: str
-) -> tuple[int, int]:
-    """[begin, end) of an assistant's turn in the text, its thoughts included. Raises ValueError.
+    def render(self, messages: Sequence[Message], prompt: bool = False) -> str:
+        """These messages as text, with the same tools; prompt: ready for the assistant's turn."""
+        return self.tokenizer.render(messages, add_generation_prompt=prompt, tools=self.tools)
 
-    The same conversation with MARK for the whole turn is the same text before and behind it.
-    """
-    changed = [*messages]
-    changed[turn] = {"role": "assistant", "content": MARK}
-    marked = tokenizer.render(changed, tools=tools)
-    before, _, behind = marked.partition(MARK)
-    begin = len(os.path.commonprefix([text, before]))
-    end = len(text) - len(behind)
-    if marked.count(MARK) != 1 or not text.endswith(behind) or end < begin:
-        raise ValueError(f"the chat template changes assistant turn {turn} so that it is not found")
-    if text[:begin].endswith("<think>\n") and "</think>" in text[begin:end]:
-        begin -= len("<think>\n")
-    return begin, end
+    def check_turn(self, turn: int) -> None:
+        """Raise ValueError when a turn's text is lost, or an assistant's would have no label."""
+        message, upto = self.messages[turn], self.messages[: turn + 1]
+        role = message["role"]
+        # an earlier turn may lose its thoughts: is everything there when it is the last?
+        content = re.sub(r"<think>\s*</think>|\s", "", message.get("content") or "")
+        kept = any(content in re.sub(r"\s", "", text) for text in (self.text, self.render(upto)))
+        if not kept and role != "tool":
+            raise ValueError(f"the chat template drops or changes text of {role} turn {turn}")
+        for name in set(message) - {"role", "content", *LABEL_FIELDS}:
+            bare = {key: value for key, value in message.items() if key != name}
+            lost = self.render([*upto[:-1], bare]) == self.render(upto)
+            if lost and role == "tool":
+                self.tokenizer.say_once(f"the chat template does not use {name!r} of tool turns")
+            elif lost:
+                raise ValueError(
+                    f"the chat template drops the field {name!r} of {role} turn {turn}"
+                )
+            elif role == "assistant" and name not in ("reasoning_content", "tool_calls"):
+                raise ValueError(f"the field {name!r} of assistant turn {turn} would have no label")
 
+    def find_turn(self, turn: int) -> tuple[int, int]:
+        """[begin, end) of an assistant's turn in the text, thoughts and stop token included.
 
-def stop_end(tokenizer: Tokenizer, text: str, end: int) -> int:
-    """Where the stop token after an assistant's text ends. Raises ValueError when none follows."""
-    after = len(text) - len(text[end:].lstrip())
-    for token in (tokenizer.core.id_to_token(i) for i in tokenizer.eos_ids):
-        if token and text.startswith(token, after):
-            return after + len(token)
-    found = text[end : end + 20]
-    raise ValueError(
-        f"no stop token follows an assistant turn but {found!r}; --stop-token names one"
-    )
+        The conversation with MARK for the turn is the same before and behind it. Raises ValueError.
+        """
+        changed, text = [*self.messages], self.text
+        changed[turn] = {"role": "assistant", "content": MARK}
+        before, *behind = self.render(changed).split(MARK)
+        if len(behind) != 1 or MARK in text or not text.endswith(behind[0]):
+            raise ValueError(f"the chat template changes assistant turn {turn}: it is not found")
+        begin, end = len(os.path.commonprefix([text, before])), len(text) - len(behind[0])
+        if text[:begin].endswith("<think>\n") and "</think>" in text[begin:end]:
+            begin -= len("<think>\n")
+        end += len(behind[0]) - len(behind[0].lstrip())
+        for token in map(self.tokenizer.core.id_to_token, self.tokenizer.eos_ids):
+            if token and text.startswith(token, end):
+                return begin, end + len(token)
+        found = f"found {text[end : end + 20]!r}; --stop-token names one"
+        raise ValueError(f"no stop token follows assistant turn {turn}, {found}")
 
-
-def prompt_size(
-    tokenizer: Tokenizer, before: list[Message], tools: Any, text: str, ids: list[int], begin: int
-) -> int | None:
-    """How many ids the generation prompt has, when the row begins with them; else None, and a note."""
-    try:
-        prompt = tokenizer.render(before, add_generation_prompt=True, tools=tools)
-        header = text[len(prompt) : begin].strip()
-        if header and prompt == tokenizer.render(before, tools=tools):
-            tokenizer.say_once("the chat template has no generation prompt", "prompt")
+    def prompt_size(self, turn: int, begin: int) -> int | None:
+        """How many ids the turn's prompt has, if they begin the row; else None, and a note."""
+        say, before, text = self.tokenizer.say_once, self.messages[:turn], self.text
+        try:
+            prompt, bare = self.render(before, prompt=True), self.render(before)
+        except ValueError:  # some templates refuse to begin with the assistant
             return None
-        start = tokenizer.encode(prompt)
-    except ValueError:  # some templates refuse to begin with the assistant
+        if prompt == bare and text[len(prompt) : begin].strip():
+            say("the chat template has no generation prompt", "prompt")
+            return None
+        start = self.tokenizer.encode(prompt)
+        if text.startswith(prompt) and self.ids[: len(start)] == start:
+            return len(start)
+        place = len(os.path.commonprefix([text, prompt]))
+        parts = f"{text[place - 9 : place + 9]!r} against {prompt[place - 9 : place + 9]!r}"
+        say(f"rows differ from prompts at character {place}: {parts}", "prompt")
         return None
-    if text.startswith(prompt) and ids[: len(start)] == start:
-        return len(start)
-    place = len(os.path.commonprefix([text, prompt]))
-    parts = f"{text[place - 9 : place + 9]!r} against {prompt[place - 9 : place + 9]!r}"
-    tokenizer.say_once(f"rows differ from prompts at character {place}: {parts}", "prompt")
-    return None
 
 
 @dataclass(frozen=True)
@@ -346,60 +332,54 @@ class Conversation:
 def read_rows(file: str | Path, counts: dict[str, int]) -> Iterator[tuple[str, Conversation]]:
     """("file:line", conversation) of each line of a JSONL file; counts columns that are not read.
 
-    {messages}; {prompt, completion} as texts or as lists of messages; GSM8K's {question, answer};
-    beside them tools and, before prompt and completion, system. Raises ValueError with file:line.
+    {messages}; {prompt, completion} as texts or lists of messages; GSM8K's {question, answer};
+    beside them tools and, before prompt or question, system. Raises ValueError with file:line.
     """
+    formats = (("messages",), ("prompt", "completion"), ("question", "answer"))
     for where, line in read_lines(file):
         row = parse_object(line, where)
-        keys = {"tools"}
-        if "messages" in row:
-            messages, apart = row["messages"], False
-            keys |= {"messages"}
-        elif {"prompt", "completion"} <= set(row):
-            messages, apart = join_turns(row["prompt"], row["completion"])
-            keys |= {"prompt", "completion", "system"}
-        elif {"question", "answer"} <= set(
-            row
-        ):  # the answer's marks <<48/2=24>> are not for reading
-            answer = row["answer"]
-            if isinstance(answer, str):
-                answer = re.sub(r"<<[^<>]*>>", "", answer)
-            messages, apart = join_turns(row["question"], answer)
-            keys |= {"question", "answer", "system"}
-        else:
-            known = "messages, or prompt and completion, or question and answer"
-            raise ValueError(f"{where}: expected {known}, found {sorted(row)}")
-        if row.get("system") and "system" in keys:
+        keys: Any = next((keys for keys in formats if set(keys) <= set(row)), ())
+        if not keys:
+            raise ValueError(f"{where}: expected one of {formats}, found {sorted(row)}")
+        read = {*keys, "tools"} if keys == ("messages",) else {*keys, "tools", "system"}
+        for name in set(row) - read - UNREAD - TASK_COLUMNS:
+            if row[name] and isinstance(row[name], (str, list, dict)):
+                what = "which is not read: put it into the messages or take it out"
+                raise ValueError(f"{where}: found the column {name!r}, {what}")
+            counts[f"column {name} not read"] = counts.get(f"column {name} not read", 0) + 1
+        messages: Any = row.get("messages")
+        apart = False
+        if keys == ("question", "answer"):  # whose marks <<48/2=24>> are not for reading
+            row["answer"] = re.sub(r"<<[^<>]*>>", "", str(row["answer"]))
+        if keys != ("messages",):
+            messages, apart = join_turns(*(row[key] for key in keys))
+        if "system" in read and row.get("system"):
             messages = [{"role": "system", "content": row["system"]}, *messages]
-        if not any(m["role"] == "assistant" for m in check_messages(messages, where)):
-            raise ValueError(f"{where}: expected a message of the assistant, found none")
-        for name in set(row) - keys - UNREAD_COLUMNS:
-            if isinstance(row[name], (str, list, dict)) and row[name]:
-                text = f"found the column {name!r}, which is not read: put it into the prompt"
-                raise ValueError(f"{where}: {text}, or take it out of the file")
-            counts[f"with a column {name}, not read"] = (
-                counts.get(f"with a column {name}, not read", 0) + 1
-            )
+        roles = [message["role"] for message in check_messages(messages, where)]
+        if "assistant" not in roles:
+            raise ValueError(f"{where}: expected a message of the assistant, found {roles}")
         yield where, Conversation(messages, row.get("tools"), apart)
 
 
 def join_turns(prompt: Any, completion: Any) -> tuple[Any, bool]:
-    """Prompt and completion as messages, and whether they were messages: then the prompt has no label."""
-    if not isinstance(prompt, list) or not isinstance(completion, list):
-        user = {"role": "user", "content": prompt}
-        return [user, {"role": "assistant", "content": completion}], False
-    return [{**m, "train": False} if isinstance(m, dict) else m for m in prompt] + completion, True
+    """Prompt and completion as messages, and whether they were: then the prompt has no label."""
+    if isinstance(prompt, list) and isinstance(completion, list):
+        learnt = {"train": False}
+        turns = [m | learnt if isinstance(m, dict) else m for m in prompt]
+        return turns + completion, True
+    user = {"role": "user", "content": prompt}
+    return [user, {"role": "assistant", "content": completion}], False
 
 
 def check_messages(messages: Any, where: str) -> list[Message]:
-    """The messages, when they are {role, content} in text. Raises ValueError that begins with `where`."""
+    """The messages, if they are {role, content} in text. Raises ValueError that begins `where`."""
     fits = isinstance(messages, list) and len(messages) > 0
     for m in messages if fits else ():
         known = isinstance(m, dict) and m.get("role") in ROLES
-        calls = known and m["role"] == "assistant" and m.get("tool_calls")  # content may be absent
-        text = known and (m.get("content") or "" if calls else m.get("content"))
-        fits = fits and isinstance(text, str)
+        calls = known and m["role"] == "assistant" and m.get("tool_calls")
+        text = known and m.get("content", "" if calls else None)
+        fits &= isinstance(text, str) or bool(calls) and text is None
     if not fits:
-        expected = f"messages of role ({', '.join(ROLES)}) and content, a text"
+        expected = f"messages with a role ({', '.join(ROLES)}) and a content in text"
         raise ValueError(f"{where}: expected {expected}, found {repr(messages)}")
     return messages

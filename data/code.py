@@ -1,4 +1,4 @@
-"""HumanEval and MBPP, and EvalPlus' further tests: rows from their files, and programs from answers."""
+"""HumanEval, MBPP and EvalPlus' further tests: rows from their files, programs from answers."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ def without_fence(text: str) -> str:
     return text.lstrip().partition("\n")[2] if text.lstrip().startswith("```") else text
 
 
+# ---- HumanEval ----
+
+
 def humaneval_chat(row: Row) -> tuple[str, str]:
     """The request, and a reply that has written the prompt already."""
     ask = "Write a solution to the following problem and make sure that it passes the tests:"
@@ -46,17 +49,18 @@ def convert_humaneval(files: dict[str, bytes]) -> dict[str, list[Row]]:
     """HumanEval.jsonl and HumanEval+'s inputs, task by task, as rows. Raises ValueError."""
     rows = []
     for source, plus in zip(json_lines(files["test"]), json_lines(files["plus"]), strict=True):
-        name, entry = source["task_id"], source["entry_point"]
+        name, code, entry = source["task_id"], source["canonical_solution"], source["entry_point"]
         if plus["task_id"] != name:
             raise ValueError(f"{name}: expected its plus tests, found those of {plus['task_id']}")
-        row = {"id": name, "prompt": source["prompt"], "code": source["canonical_solution"]}
-        row |= {"answer": "", "entry_point": entry}
-        row["tests"] = f"{source['test']}\ncheck({entry})"
-        inputs = plus["base_input"] + plus["plus_input"]
-        row["plus_tests"] = plus_tests(plus, plus["prompt"] + plus["canonical_solution"], inputs)
-        row["completion"] = f"{humaneval_chat(row)[1]}{row['code']}```"
-        rows.append(row)
+        row = {"id": name, "prompt": source["prompt"], "code": code, "answer": ""}
+        row |= {"entry_point": entry, "tests": f"{source['test']}\ncheck({entry})"}
+        reference, inputs = plus["prompt"] + plus["canonical_solution"], plus["base_input"]
+        row["plus_tests"] = plus_tests(plus, reference, inputs + plus["plus_input"])
+        rows.append(row | {"completion": f"{humaneval_chat(row)[1]}{code}```"})
     return {"test": rows}
+
+
+# ---- MBPP ----
 
 
 def mbpp_program(row: Row, completion: str, form: str) -> str:
@@ -67,14 +71,14 @@ def mbpp_program(row: Row, completion: str, form: str) -> str:
 
 
 def convert_mbpp(files: dict[str, bytes]) -> dict[str, list[Row]]:
-    """mbpp.jsonl as rows by split (the shots are ids 2, 3, 4), and MBPP+'s test tasks as split plus."""
+    """mbpp.jsonl as rows by split (the shots are ids 2, 3, 4), MBPP+'s test tasks as split plus."""
     made = {}
-    for source in json_lines(files["all"]):  # it ends its lines with \r\n
-        code, setup = (source[key].replace("\r\n", "\n") for key in ("code", "test_setup_code"))
-        tests = "\n".join(source["test_list"]).replace("\r\n", "\n")
+    for source in json_lines(files["all"]):  # its code ends lines with \r\n
+        shown = "\n".join(source["test_list"])
+        texts = (source["code"], shown, f"{source['test_setup_code']}\n{shown}")
+        code, shown, tests = (text.replace("\r\n", "\n") for text in texts)
         name = f"Mbpp/{source['task_id']}"
-        row = mbpp_row(name, source["text"], code, tests) | {"tests": f"{setup}\n{tests}"}
-        made[source["task_id"]] = row
+        made[source["task_id"]] = mbpp_row(name, source["text"], code, shown, tests)
     rows = {split: [made[i] for i in range(*ids)] for split, ids in MBPP_SPLITS.items()}
     rows |= {"shots": rows["prompt"][1:4], "plus": []}
     for source in json_lines(files["plus"]):
@@ -84,37 +88,43 @@ def convert_mbpp(files: dict[str, bytes]) -> dict[str, list[Row]]:
     return rows
 
 
-def mbpp_row(name: str, text: str, code: str, shown: str) -> Row:
-    """One row without its tests; `shown` are the asserts that the model sees."""
+def mbpp_row(name: str, text: str, code: str, shown: str, tests: str) -> Row:
+    """One row; `shown` are the asserts that the model sees."""
     ask = "You are an expert Python programmer, and here is your task:"
     prompt = f"{ask} {text} Your code should pass these tests:\n\n{shown}"
-    completion = f"```python\n{code}\n```"
-    return {"id": name, "prompt": prompt, "completion": completion, "answer": "", "code": code}
+    row = {"id": name, "prompt": prompt, "completion": f"```python\n{code}\n```"}
+    return row | {"answer": "", "code": code, "tests": tests}
 
 
 def mbpp_plus_row(source: Row, number: int) -> Row:
     """One task of MBPP+, whose prompt is a docstring of the sentence and the asserts."""
-    text, _, shown = source["prompt"].strip().strip('"').strip().partition("\nassert")
-    solution = source["canonical_solution"]
+    text, _, asserts = source["prompt"].strip().strip('"').strip().partition("\nassert")
+    code = source["canonical_solution"]
     base = [restore_types(number, args) for args in source["base_input"] or []]
     more = [restore_types(number, args) for args in source["plus_input"] or []]
-    row = mbpp_row(source["task_id"], text, solution.strip("\n"), f"assert{shown}")
-    row |= {"tests": plus_tests(source, solution, base), "entry_point": source["entry_point"]}
-    return row | {"plus_tests": plus_tests(source, solution, base + more)}
+    tests = plus_tests(source, code, base)
+    row = mbpp_row(source["task_id"], text, code.strip("\n"), f"assert{asserts}", tests)
+    row["entry_point"] = source["entry_point"]
+    return row | {"plus_tests": plus_tests(source, code, base + more)}
 
 
-# Facts of evalplus 0.3.1, eval/_special_oracle.py: when an answer is right that is not the reference's.
-AS_SETS = (
-    "similar_elements find_char_long common_in_nested_lists extract_singly larg_nnum"
-    " intersection_array find_dissimilar Diff".split()
-)
-NONE_OR_NOT = ("check_str", "text_match_three", "text_starta_endb")
+# ---- EvalPlus: a program compares with the reference solution on many inputs ----
+
+# evalplus 0.3.1, eval/_special_oracle.py: which answers are right beside the reference's own.
+AS_SETS = "similar_elements find_char_long common_in_nested_lists extract_singly larg_nnum".split()
+AS_SETS += ["intersection_array", "find_dissimilar", "Diff"]
+NONE_OR_NOT = ["check_str", "text_match_three", "text_starta_endb"]
 SPECIAL = {
     "are_equivalent": "True",
     "sum_div": "got == 0",
     "find_zero": "abs(sum(c * got ** i for i, c in enumerate(args[0]))) <= ATOL",
-    "surface_Area": "got == round(args[0] ** 2 + 2 * args[0] * ((args[0] / 2) ** 2 + args[1] ** 2) ** 0.5)",
-    "digit_distance_nums": "got == sum(abs(int(a) - int(b)) for a, b in zip(*(str(n).zfill(max(len(str(m)) for m in args)) for n in args)))",
+    "surface_Area": (
+        "got == round(args[0] ** 2 + 2 * args[0] * ((args[0] / 2) ** 2 + args[1] ** 2) ** 0.5)"
+    ),
+    "digit_distance_nums": (
+        "got == sum(abs(int(a) - int(b)) for a, b in "
+        "zip(*(str(n).zfill(max(len(str(m)) for m in args)) for n in args)))"
+    ),
 }
 PROGRAM = """
 def _check(candidate):
@@ -128,16 +138,21 @@ def _check(candidate):
     def close(got, want, atol):
         if isinstance(want, (list, tuple)):
             return len(got) == len(want) and all(close(g, w, atol) for g, w in zip(got, want))
-        return got == want or (not isinstance(want, str) and abs(got - want) <= atol + 1e-7 * abs(want))
+        if got == want or isinstance(want, str):
+            return got == want
+        return abs(got - want) <= atol + 1e-7 * abs(want)
 
     def floats(x):
-        return isinstance(x, float) or (isinstance(x, (list, tuple)) and len(x) > 0 and all(isinstance(i, float) for i in x))
+        if isinstance(x, (list, tuple)):
+            return len(x) > 0 and all(isinstance(i, float) for i in x)
+        return isinstance(x, float)
 
     for args in {inputs!r}:
         want = space[{name!r}](*copy.deepcopy(args))
         got = candidate(*copy.deepcopy(args))
         atol = ATOL or (1e-6 if floats(want) else 0)
-        assert {right}, f"{name}{{tuple(args)!r:.200}}: expected {{want!r:.200}}, found {{got!r:.200}}"
+        assert {right}, (
+            f"{name}{{tuple(args)!r:.200}}: expected {{want!r:.200}}, found {{got!r:.200}}")
 _check({name})
 """
 
@@ -151,25 +166,19 @@ def plus_tests(source: Row, reference: str, inputs: list[list[Any]]) -> str:
     elif name in NONE_OR_NOT:
         truth = "({0} if isinstance({0}, bool) else {0} is not None)"
         right = f"{truth.format('got')} == {truth.format('want')}"
-    elif name == "find_zero":
-        right = SPECIAL[name]
     elif name in SPECIAL:
-        right = f"{right} or {SPECIAL[name]}"
-    values = {"reference": reference, "atol": source["atol"], "inputs": inputs}
-    return PROGRAM.format(name=name, right=right, **values)
+        right = SPECIAL[name] if name == "find_zero" else f"{right} or {SPECIAL[name]}"
+    atol = source["atol"]
+    return PROGRAM.format(name=name, right=right, reference=reference, atol=atol, inputs=inputs)
 
 
-# evalplus, data/mbpp.py: JSON has lists only; which arguments of which tasks are tuples, and at what depth.
+# evalplus 0.3.1, data/mbpp.py: JSON has lists only; which tasks' arguments are tuples at what depth,
 TUPLES = {
     1: "2 116 132 143 222 261 273 394 399 421 424 429 470 560 579 596 616 630 726 740 744 809",
     2: "63 64 70 94 120 237 272 299 400 409 417 438 473 614 780",
     -2: "259 401 445 278 580 615 791",
 }
-FIRST_OF_TUPLES, SECOND, FIRST = (
-    (75, 413, 444, 753),
-    (106, 750),
-    (250, 405, 446, 617, 720, 763, 808, 307),
-)
+FIRST = {0: "250 307 405 446 617 720 763 808", 1: "75 413 444 753"}  # or their first argument alone
 
 
 def tuples(depth: int, value: Any) -> Any:
@@ -188,16 +197,17 @@ def restore_types(number: int, args: list[Any]) -> list[Any]:
         if str(number) in numbers.split():
             return tuples(depth, args)
     first, *rest = args
-    if number in FIRST_OF_TUPLES:
-        first = tuples(1, first)
-    elif number in FIRST:
-        first = tuple(first)
-    elif number in SECOND:
+    for depth, numbers in FIRST.items():
+        if str(number) in numbers.split():
+            first = tuples(depth, first)
+    if number in (106, 750):
         rest = [tuple(rest[0])]
     elif number == 115:
         first = [set(v) if isinstance(v, list) and v else {} for v in first]
-    elif number in (124, 252):
-        first, rest = (float(first), [complex(rest[0])]) if rest else (complex(first), [])
+    elif number == 124:
+        first, rest = float(first), [complex(rest[0])]
+    elif number == 252:
+        first = complex(first)
     elif number == 722:
         first = {key: tuple(value) for key, value in first.items()}
     return [first, *rest]
