@@ -42,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_cli(kind: type, prog: str, argv: Sequence[str] | None = None) -> Record:
-    """What the command line names, and no others: --a-b 1, --flag or --no-flag, --list x y or x,y."""
+    """What the command line names alone: --a-b 1, --flag or --no-flag, --list x y or x,y."""
     parser = _Parser(prog=prog, description=kind.__doc__, allow_abbrev=False)
     for field in dataclasses.fields(kind):
         flag, default = "--" + field.name.replace("_", "-"), field.default
@@ -145,6 +145,12 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def checkpoint_folder(folder: str | Path) -> Path:
+    """The newest step-N folder of a run; the folder itself when there is none."""
+    steps = [p for p in Path(folder).glob("step-*") if p.name[5:].isdigit()]
+    return max(steps, key=lambda p: int(p.name[5:]), default=Path(folder))
+
+
 def write_json(file: str | Path, value: Any) -> None:
     """Indented JSON, whole or not at all."""
     with atomic(file) as tmp:
@@ -171,7 +177,7 @@ def run_header(settings: Any, device: torch.device) -> Record:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     on_gpu = device.type == "cuda"
     hardware = torch.cuda.get_device_name(device) if on_gpu else platform.machine()
-    found = {"settings": dataclasses.asdict(settings), "commit": commit or None}
+    found: Record = {"settings": dataclasses.asdict(settings), "commit": commit or None}
     found |= {"device": str(device), "hardware": hardware, "threads": torch.get_num_threads()}
     return found | {"python": platform.python_version(), "torch": torch.__version__}
 
@@ -190,7 +196,7 @@ def generator(*parts: Any) -> torch.Generator:
 
 
 def choose_device(name: str) -> torch.device:
-    """auto: the GPU, if there is one; each of torchrun's processes has its own. Raises ValueError."""
+    """auto: a GPU, if there is one; each of torchrun's processes has its own. Raises ValueError."""
     if name == "cpu" or name == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
     rank, (kind, _, index) = os.environ.get("LOCAL_RANK"), name.partition(":")

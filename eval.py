@@ -1,7 +1,7 @@
 """Score a backbone, alone or with an adapter and side path, on benchmarks: python eval.py --help.
 
-load rows -> prompts -> likelihoods or answers -> extract -> grade. All but the model's part are pure
-functions; an example is a line of records.jsonl, which --rescore judges again without a model.
+load rows -> prompts -> likelihoods or answers -> extract -> grade. All but the model's part are
+pure functions; an example is a line of records.jsonl, which --rescore judges without a model.
 
 Shapes: B rows, R replies, T tokens, D hidden size, V vocabulary, N positions.
 """
@@ -22,8 +22,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import ROOT, Record, atomic, check_numbers, choose_device, choose_dtype, file_hash
-from common import folder_hash, keep_freed_memory, open_ranks, parse_object, read_json, read_lines
+from common import ROOT, Record, atomic, check_numbers, checkpoint_folder, choose_device
+from common import (
+    choose_dtype,
+    file_hash,
+    folder_hash,
+    keep_freed_memory,
+    open_ranks,
+    parse_object,
+    read_json,
+    read_lines,
+)
 from common import read_record, run_header, run_script, setting, write_json
 from data.chat import Tokenizer, load_tokenizer
 from data.code import cut, without_fence
@@ -31,7 +40,7 @@ from data.sandbox import Limits, missing_protections, run_programs
 from data.tasks import LETTERS, OWN, TASKS, Prompt, Task, ask, choose_shots, find_tasks, judge
 from data.tasks import load_items, load_pool
 from model import Cache, Transformer, generate, load_model, pad_rows
-from talan import cached_dora_norms, checkpoint_folder, load_adapter
+from talan import cached_dora_norms, load_adapter
 
 Z95 = 1.959963984540054  # half of a 95 % interval, in standard errors
 
@@ -264,7 +273,7 @@ def summarize_rule(rows: Sequence[Record], rule: str, ks: Sequence[int]) -> Reco
             right.setdefault(row["id"], []).append(row["verdicts"][rule])
     means = [sum(verdicts) / len(verdicts) for verdicts in right.values()]
     samples, n = max(map(len, right.values())), len(right)
-    summary = {"n": n, "samples": samples, "score": 100 * sum(means) / n}
+    summary: Record = {"n": n, "samples": samples, "score": 100 * sum(means) / n}
     summary["interval95"] = interval(means, samples)
     for k in ks:
         passed = [pass_at(k, len(verdicts), sum(verdicts)) for verdicts in right.values()]
@@ -326,7 +335,7 @@ def score(settings: Settings) -> dict[str, Record]:
     backbone = settings.backbone or recorded_backbone(settings.adapter)
     keep_freed_memory()
     model = load_model(backbone, device, choose_dtype(settings.dtype, device))
-    run = read_run(settings)
+    run = read_run(settings.adapter or settings.backbone)
     tokenizer = load_tokenizer(backbone, settings.stop_token or run.get("stop_token", ""))
     if settings.adapter:
         load_adapter(model, settings.adapter)
@@ -432,10 +441,10 @@ def recorded_backbone(adapter: str) -> str:
     return str(ROOT / "data/tiny/model")
 
 
-def read_run(settings: Settings) -> Record:
-    """The settings of the run of train.py that is scored; {} where there is none."""
-    file = Path(settings.adapter or settings.backbone) / "settings.json"
-    return read_json(file) if file.exists() else {}
+def read_run(folder: str) -> Record:
+    """The settings of the run of train.py in a folder; {} where there is none."""
+    file = Path(folder or ".") / "settings.json"
+    return read_json(file) if folder and file.exists() else {}
 
 
 def conditions(
@@ -448,10 +457,8 @@ def conditions(
     found |= {"torch": header["torch"], "commit": header["commit"]}
     found["device"] = model.head_weight.device.type
     found["dtype"] = str(model.head_weight.dtype).removeprefix("torch.")
-    trained_from = read_record(Path(settings.backbone)).get(
-        "backbone_sha256"
-    )  # of a run of --scope full
-    found["backbone"] = trained_from or folder_hash(Path(model.folder or ""))
+    begun = read_record(Path(settings.backbone)).get("backbone_sha256")  # of a run of scope full
+    found["backbone"] = begun or folder_hash(Path(model.folder or ""))
     for task in tasks:
         prompts = "\0".join(record["prompt"] for record in records if record["task"] == task.name)
         found[f"{task.name} rows"] = file_hash(task.path)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from common import Record, atomic, generator, read_json, write_json
+from common import Record, atomic, checkpoint_folder, generator, read_json, write_json
 
 MODEL_TYPES = ("qwen3", "llama")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -43,7 +43,8 @@ COMPUTED |= dict.fromkeys(("attention_dropout", "quantization_config", "rope_int
 HARMLESS = (
     "architectures max_position_embeddings sliding_window max_window_layers dtype torch_dtype"
     " initializer_range use_cache bos_token_id eos_token_id pad_token_id auto_map _name_or_path"
-    " transformers_version return_dict id2label label2id tokenizer_class rope_parameters is_llama_config transformers.js_config"
+    " transformers_version return_dict id2label label2id tokenizer_class rope_parameters"
+    " is_llama_config transformers.js_config"
 )
 
 
@@ -94,7 +95,7 @@ class ModelConfig:
         unknown = [name for name in sorted(set(raw) - known) if raw[name]]
         if unknown:
             print(f"warning: {source}: ignored: {', '.join(unknown)}", file=sys.stderr)
-        sizes = {name: raw.get(name) for name in names[1:8]}
+        sizes: Record = {name: raw.get(name) for name in names[1:8]}
         sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or sizes["num_attention_heads"]
         sizes["head_dim"] = sizes["head_dim"] or 128  # Qwen3's default
         for name, size in sizes.items():
@@ -102,9 +103,9 @@ class ModelConfig:
                 raise ValueError(f"{source}: {name}: expected a whole number, found {size!r}")
         if kind != "qwen3" and not raw.get("head_dim"):
             sizes["head_dim"] = sizes["hidden_size"] // sizes["num_attention_heads"]
-        theta, scaling = read_rope(raw, source)
-        eps, tied = raw.get("rms_norm_eps", 1e-6), raw.get("tie_word_embeddings", False)
-        return cls(kind, *sizes.values(), eps, theta, scaling, tied)
+        sizes["rope_theta"], sizes["rope_scaling"] = read_rope(raw, source)
+        sizes["rms_norm_eps"] = raw.get("rms_norm_eps", 1e-6)
+        return cls(kind, **sizes, tie_word_embeddings=raw.get("tie_word_embeddings", False))
 
 
 def read_rope(raw: Record, source: str) -> tuple[float, RopeScaling | None]:
@@ -407,9 +408,9 @@ TensorInfo = tuple[tuple[int, ...], Any]  # shape and dtype
 
 
 def resolve_folder(path: str | Path) -> Path:
-    """A local folder, or that of a hub id such as Qwen/Qwen3-0.6B, downloaded. Raises ValueError."""
+    """A folder (of a run: its newest step-N), or that of a hub id, downloaded; ValueError."""
     if Path(path).is_dir():
-        return Path(path)
+        return checkpoint_folder(path)
     if Path(path).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)):
         raise ValueError(f"{path}: expected a folder or a Hugging Face id owner/name")
     from huggingface_hub import snapshot_download
@@ -434,9 +435,9 @@ def load_model(path: str | Path, device: Any = "cpu", dtype: Any = None) -> Tran
     files = tensor_files(folder)
     found = {name: info for file in set(files.values()) for name, info in tensor_info(file).items()}
     head, table = "lm_head.weight", "model.embed_tokens.weight"
-    if config.tie_word_embeddings and head in files and table in files:
-        if torch.equal(read_tensor(files[head], head), read_tensor(files[table], table)):
-            found.pop(head)  # written although tied, and the same
+    if config.tie_word_embeddings and {head, table} <= set(files):
+        same = torch.equal(read_tensor(files[head], head), read_tensor(files[table], table))
+        found = {k: v for k, v in found.items() if k != head or not same}  # tied all the same
     problems = compare_tensors(dict(model.named_parameters()), found)
     if problems:
         raise ValueError("\n  ".join([f"{folder}: the tensors do not fit config.json:", *problems]))
@@ -467,7 +468,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or any(Path(str(f)).name != f for f in shards.values()):
         raise ValueError(f"{index}: expected a weight_map of names to files of this folder")
-    files = {}
+    files: dict[str, Path] = {}
     for shard in sorted(set(shards.values())):
         files |= dict.fromkeys(tensor_info(folder / shard), folder / shard)
     return files

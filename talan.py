@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import Record, atomic, generator, read_json, run_script, setting, write_json
+from common import Record, atomic, checkpoint_folder, generator, read_json, run_script, setting
+from common import write_json
 from model import Transformer, compare_tensors, load_model, read_tensor, save_model, tensor_info
 
 # ---- side path: up to the next such line it needs torch alone, and can be copied elsewhere ----
@@ -487,12 +488,6 @@ def save_adapter(model: Any, folder: str | Path) -> None:
         with atomic(folder / tensor_file) as tmp:
             save_file(tensors, tmp, metadata={"backbone": model.fingerprint})
         write_json(folder / config_file, config)
-
-
-def checkpoint_folder(folder: str | Path) -> Path:
-    """The newest step-N folder of a run; the folder itself when there is none."""
-    steps = [p for p in Path(folder).glob("step-*") if p.name[5:].isdigit()]
-    return max(steps, key=lambda p: int(p.name[5:]), default=Path(folder))
 
 
 def load_adapter(

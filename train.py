@@ -26,8 +26,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import ROOT, Ranks, Record, atomic, check_numbers, choose_device, choose_dtype
-from common import distribute, file_hash, folder_hash, fsync, generator, keep_freed_memory, no_sync
+from common import ROOT, Ranks, Record, atomic, check_numbers, checkpoint_folder
+from common import (
+    choose_device,
+    choose_dtype,
+    distribute,
+    file_hash,
+    folder_hash,
+    fsync,
+    generator,
+    keep_freed_memory,
+    no_sync,
+)
 from common import open_ranks, read_json, read_record, remove, run_header, run_script, setting
 from common import write_json
 from data.chat import Row, Tokenizer, encode_row, load_tokenizer, read_rows
@@ -36,7 +46,7 @@ from eval import Settings as EvalSettings
 from eval import check_permission, compare_table, score
 from model import Transformer, compare_tensors, load_model, pad_rows, save_model, tensor_info
 from talan import AdapterConfig, TalanConfig, attach, backbone_weights, cached_dora_norms
-from talan import checkpoint_folder, group_of, report, save_adapter
+from talan import group_of, report, save_adapter
 
 TINY = ROOT / "data/tiny"
 MULTIPLE = 16  # batches are padded to a multiple of this: whole tiles for the kernels

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr
@@ -23,22 +24,26 @@ from model import resolve_folder
 
 ROLES = ("system", "user", "assistant", "tool")
 TODAY = datetime.date(2024, 7, 26)  # templates that print a date get this one
-MARK = "\ue0f0"  # a private-use character in the place of an assistant's turn, see find_turn
+MARK = "\ue0f0"  # a private-use character in the place of a turn's text, see find_turn
 LABEL_FIELDS = ("weight", "train", "loss_mask")  # of a message; 0 or false: it is not learnt
-# Bookkeeping: not read in a message or a row; of a row also what data/tasks.py reads of it.
-UNREAD = set(
+LEARNT_FIELDS = ("reasoning_content", "reasoning", "thinking", "tool_calls")  # of an assistant's
+BLANKS = re.compile(r"<think>\s*</think>|\s")  # what a template may drop or add
+UNREAD = set(  # bookkeeping, in a row or a message
     "id idx index uid uuid source dataset subset split category subject topic type url title author"
     " task license language lang level difficulty timestamp created_at date model".split()
 )
-TASK_COLUMNS = {"answer", "choices", "code", "entry_point", "tests", "plus_tests"}
-Message = dict[str, Any]
+# What a row is read from -> what else is read of it, here or by data/tasks.py.
+FORMATS = {
+    ("messages",): "tools",
+    ("prompt", "completion"): "tools system answer choices code entry_point tests plus_tests",
+    ("question", "answer"): "tools system",
+}
 
-# For a model without a template.
-PLAIN_TEMPLATE = (
+PLAIN_TEMPLATE = (  # for a model without a template
     "{{ begin }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n"
     "{% elif m.role == 'user' %}Question: {{ m.content }}\n"
-    "{% else %}Answer:\n{{ m.content }}{{ eos_token }}\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}Answer:\n{% endif %}"
+    "{% elif m.role == 'assistant' %}Answer:\n{{ m.content }}{{ eos_token }}\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}Answer:\n{% endif %}"
 )
 
 
@@ -48,14 +53,10 @@ class GenerationTag(jinja2.ext.Extension):
     tags = {"generation"}
 
     def parse(self, parser: Any) -> Any:
-        """The block as a call that renders its body, as transformers has it."""
+        """The block as a scope: what it sets ends with it, as in transformers."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        call = self.call_method("_render")
-        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-    def _render(self, caller: Any) -> str:
-        return caller()
+        return jinja2.nodes.Scope(body, lineno=line)
 
 
 def compile_template(source: str) -> jinja2.Template:
@@ -64,17 +65,14 @@ def compile_template(source: str) -> jinja2.Template:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    options: Any = {"trim_blocks": True, "lstrip_blocks": True}
-    options["extensions"] = [GenerationTag, jinja2.ext.loopcontrols]
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(**options)
-    env.filters["tojson"] = tojson
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    env.add_extension(GenerationTag)
+    env.add_extension(jinja2.ext.loopcontrols)
+    env.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     env.globals.update(raise_exception=raise_exception, strftime_now=TODAY.strftime)
     try:
         return env.from_string(source)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # not all of what is too deep or too large is a TemplateError
         raise ValueError(f"the chat template does not parse: {error}") from None
 
 
@@ -105,7 +103,7 @@ class Tokenizer:
         return self.core.decode(list(ids), skip_special_tokens=False)
 
     def render(self, messages: Any, add_generation_prompt: bool = False, tools: Any = None) -> str:
-        """Messages as text: thinking off, dates pinned. Raises ValueError if the template does."""
+        """Records as text: thinking off, dates pinned. Raises ValueError if the template does."""
         values = {"messages": list(messages), "tools": tools, "documents": None, **self.specials}
         values |= {"enable_thinking": False, "date_string": TODAY.strftime("%d %b %Y")}
         try:
@@ -121,32 +119,27 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | Path, stop_token: str = "") -> Tokenizer:
-    """tokenizer.json, chat template and stop ids of a folder or hub id. Raises ValueError.
-
-    stop_token: one more token that ends a turn.
-    """
+    """Tokenizer, template, stop ids (stop_token: one more) of a folder or hub id. ValueError."""
     folder = resolve_folder(path)
-    try:
-        core = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"{folder / 'tokenizer.json'}: expected a tokenizer: {error}") from None
-    core.no_padding()
-    core.no_truncation()
     config = optional_json(folder / "tokenizer_config.json")
     listed = config.get("added_tokens_decoder") or {}
-    for key in sorted(listed, key=int):
-        text = listed[key]["content"]
-        if core.token_to_id(text) is None:  # transformers adds it
-            core.add_tokens([tokenizers.AddedToken(**listed[key])])
-        if core.token_to_id(text) != int(key):
-            raise ValueError(f"{folder}: {text!r} is not the token {key} in tokenizer.json")
-    probe = core.encode("a")
-    begin = (
-        probe.ids[: probe.special_tokens_mask.index(0)] if 0 in probe.special_tokens_mask else []
-    )
+    try:
+        core = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        for key, token in sorted(listed.items(), key=lambda item: int(item[0])):
+            core.add_tokens([tokenizers.AddedToken(**token)])  # as transformers: or other flags
+            if core.token_to_id(token["content"]) != int(key):
+                raise ValueError(f"{token['content']!r} is not tokenizer_config.json's {key}")
+        core.no_padding()
+        core.no_truncation()
+        probe = core.encode("a")
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"{folder}/tokenizer.json: expected a tokenizer: {error}") from None
+    begin = probe.ids[: [*probe.special_tokens_mask, 0].index(0)]
     core.post_processor = tokenizers.processors.Sequence([])  # no BOS, exact offsets
     specials = {"begin": core.decode(begin, skip_special_tokens=False)}
-    for name, token in (optional_json(folder / "special_tokens_map.json") | config).items():
+    if "added_tokens_decoder" not in config:  # as transformers: else this file is not read
+        config |= optional_json(folder / "special_tokens_map.json")
+    for name, token in config.items():
         token = token.get("content") if isinstance(token, dict) else token
         specials |= {name: token} if name.endswith("_token") and isinstance(token, str) else {}
     template = compile_template(template_source(folder, config))
@@ -160,51 +153,45 @@ def optional_json(file: Path) -> Record:
     return read_json(file) if file.exists() else {}
 
 
-def template_source(folder: Path, config: Record) -> str:
-    """chat_template.jinja, else tokenizer_config.json's, else the plain one. Raises ValueError."""
-    file = folder / "chat_template.jinja"
+def template_source(folder: Path, config: Record) -> Any:
+    """chat_template.jinja, else tokenizer_config.json's, else the plain one."""
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     source = config.get("chat_template") or PLAIN_TEMPLATE
-    source = file.read_text(encoding="utf-8") if file.exists() else source
     if isinstance(source, list):
-        source = {each.get("name"): each.get("template") for each in source}.get("default")
-    if not isinstance(source, str):
-        raise ValueError(f"{folder}: chat_template: expected text, or a list with a default")
+        return {each.get("name"): each.get("template") for each in source}.get("default")
     return source
 
 
 def stop_ids(tokenizer: Tokenizer, folder: Path, stop_token: str) -> tuple[int, ...]:
     """generation_config.json's, else config.json's; eos_token; what ends the template's turns."""
     core = tokenizer.core
-    named = optional_json(folder / "generation_config.json").get("eos_token_id")
-    if named is None:
-        named = optional_json(folder / "config.json").get("eos_token_id")
-    ids = {*named} if isinstance(named, list) else {named}
-    for token in (tokenizer.specials.get("eos_token"), stop_token):
-        if token and core.token_to_id(token) is None:
-            raise ValueError(f"{folder}: stop token {token!r} is not in tokenizer.json")
-        ids.add(core.token_to_id(token) if token else None)
+    ids: set[Any] = set()
+    for name in ("generation_config.json", "config.json"):
+        named = optional_json(folder / name).get("eos_token_id")
+        ids = ids or set(named if isinstance(named, list) else [named]) - {None, -1}
     added = {str(token.content): i for i, token in core.get_added_tokens_decoder().items()}
+    for token in filter(None, (tokenizer.specials.get("eos_token"), stop_token)):
+        if core.token_to_id(token) is None:
+            raise ValueError(f"{folder}: stop token {token!r} is not in tokenizer.json")
+        ids.add(core.token_to_id(token))
     end = turn_end(tokenizer, added)
-    if end is not None and end not in ids:
-        text = core.id_to_token(end)
-        tokenizer.say_once(f"{text} ends the chat template's turns, so it is a stop token")
-    stops = sorted(i for i in {*ids, end} if i is not None)
-    for i in set(stops) - set(added.values()):
+    if end and added[end] not in ids:
+        tokenizer.say_once(f"{end} ends the chat template's turns, so it is a stop token")
+        ids.add(added[end])
+    for i in ids - set(added.values()):
         tokenizer.say_once(f"stop id {i} is {core.id_to_token(i)!r}, no added token")
-    return tuple(stops)
+    return tuple(sorted(ids))
 
 
-def turn_end(tokenizer: Tokenizer, added: dict[str, int]) -> int | None:
-    """The added token that the template writes after every assistant turn."""
+def turn_end(tokenizer: Tokenizer, added: Iterable[str]) -> str:
+    """The longest added token that the template writes after every assistant turn, or ""."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
     try:
         ends = [part.lstrip() for part in tokenizer.render(turns * 2).split(MARK)[1:]]
     except ValueError:
-        return None
-    for token in sorted(added, key=len, reverse=True):
-        if len(ends) == 2 and all(end.startswith(token) for end in ends):
-            return added[token]
-    return None
+        return ""
+    return max(filter(os.path.commonprefix(ends).startswith, added), key=len, default="")
 
 
 @dataclass(frozen=True)
@@ -215,85 +202,88 @@ class Row:
     supervised: list[bool]
 
 
-def encode_row(
-    tokenizer: Tokenizer, messages: Sequence[Message], tools: Any = None, apart: bool = False
-) -> Row:
+def encode_row(tokenizer: Tokenizer, messages: Any, tools: Any = None, apart: bool = False) -> Row:
     """Ids of the rendered conversation; supervised: the assistant's turns and their stop tokens.
 
     A turn is learnt from where the prompt ends that generation would be given, if that prompt's ids
-    begin the row (apart: they must); else, every token that lies wholly in the assistant's text.
-    Raises ValueError when a turn, its stop token or a part of it cannot be found.
+    begin the row; else, every token that lies wholly in the assistant's text. apart: a template
+    without a generation prompt is refused. Raises ValueError when text is lost or not found.
     """
     chat = RenderedChat(tokenizer, messages, tools)
-    ids, offsets, supervised = chat.ids, chat.offsets, [False] * len(chat.ids)
+    encoding = tokenizer.encoding(chat.text)
+    ids, offsets = encoding.ids, encoding.offsets
+    supervised = [False] * len(ids)
     for turn, message in enumerate(chat.messages):
         chat.check_turn(turn)
         if message["role"] != "assistant":
             continue
         begin, end = chat.find_turn(turn)
-        first = chat.prompt_size(turn, begin)
-        if first is None and apart:
-            raise ValueError("expected a chat template whose generation prompt names the role")
-        learnt = all(message.get(name, True) for name in LABEL_FIELDS)
-        stopped = False
-        for i, (a, b) in enumerate(offsets):
-            is_stop = a < end <= b and ids[i] in tokenizer.eos_ids  # it may take blanks along
-            inside = begin <= a < b <= end if first is None else i >= first and a < b <= end
-            supervised[i] |= learnt and (inside or is_stop)
-            stopped |= is_stop
-        if not stopped:
+        learnt = 0 not in [message.get(name) for name in LABEL_FIELDS]
+        first = chat.prompt_size(turn, begin, ids, apart)
+        stops = [i for i, (a, b) in enumerate(offsets) if a < end <= b]  # it may take blanks along
+        if not stops or ids[stops[-1]] not in tokenizer.eos_ids:
             raise ValueError(f"the tokenizer splits the stop token of assistant turn {turn}")
+        for i in range(first or 0, stops[-1] + 1) if learnt else ():
+            a, b = offsets[i]
+            supervised[i] |= first is not None or i == stops[-1] or begin <= a < b <= end
     return Row(ids, supervised)
 
 
 class RenderedChat:
-    """A conversation as text and ids, and where its turns are in them."""
+    """A conversation as text, and where its turns are in it. Raises ValueError: tools are lost."""
 
-    def __init__(self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer, messages: Sequence[Record], tools: Any) -> None:
         self.tokenizer, self.tools = tokenizer, tools
         self.messages = [{k: v for k, v in m.items() if k not in UNREAD} for m in messages]
         self.text = self.render(self.messages)
-        encoding = tokenizer.encoding(self.text)
-        self.ids, self.offsets = encoding.ids, encoding.offsets
+        self.letters = BLANKS.sub("", self.text)
+        if tools and tokenizer.render(self.messages) == self.text:
+            raise ValueError("the chat template drops the column 'tools'")
 
-    def render(self, messages: Sequence[Message], prompt: bool = False) -> str:
+    def render(self, messages: Sequence[Record], prompt: bool = False) -> str:
         """These messages as text, with the same tools; prompt: ready for the assistant's turn."""
         return self.tokenizer.render(messages, add_generation_prompt=prompt, tools=self.tools)
 
+    def replace(self, turn: int, message: Record, stop: int | None = None) -> str:
+        """The text with this message at `turn`, up to turn `stop`; "" where that is refused."""
+        try:
+            return self.render([*self.messages[:turn], message, *self.messages[turn + 1 : stop]])
+        except ValueError:  # without an id that it wants, say
+            return ""
+
     def check_turn(self, turn: int) -> None:
-        """Raise ValueError when a turn's text is lost, or an assistant's would have no label."""
-        message, upto = self.messages[turn], self.messages[: turn + 1]
-        role = message["role"]
-        # an earlier turn may lose its thoughts: is everything there when it is the last?
-        content = re.sub(r"<think>\s*</think>|\s", "", message.get("content") or "")
-        kept = any(content in re.sub(r"\s", "", text) for text in (self.text, self.render(upto)))
-        if not kept and role != "tool":
+        """Raise ValueError when a turn's text is lost, or a part of it would have no label."""
+        message, role = self.messages[turn], self.messages[turn]["role"]
+        content = BLANKS.sub("", message.get("content") or "")
+        kept = not content or self.replace(turn, {**message, "content": MARK}) != self.text
+        if role != "tool" and content not in self.letters:  # a tool's may be quoted
+            # an earlier turn may lose its thoughts: is everything there when it is the last?
+            kept &= content in BLANKS.sub("", self.replace(turn, message, turn + 1))
+        if not kept:
             raise ValueError(f"the chat template drops or changes text of {role} turn {turn}")
-        for name in set(message) - {"role", "content", *LABEL_FIELDS}:
+        for name in message:
+            if name in ("role", "content", *LABEL_FIELDS) or not message[name]:
+                continue
             bare = {key: value for key, value in message.items() if key != name}
-            lost = self.render([*upto[:-1], bare]) == self.render(upto)
+            lost = self.replace(turn, bare, turn + 1) == self.replace(turn, message, turn + 1)
             if lost and role == "tool":
                 self.tokenizer.say_once(f"the chat template does not use {name!r} of tool turns")
-            elif lost:
-                raise ValueError(
-                    f"the chat template drops the field {name!r} of {role} turn {turn}"
-                )
-            elif role == "assistant" and name not in ("reasoning_content", "tool_calls"):
-                raise ValueError(f"the field {name!r} of assistant turn {turn} would have no label")
+            elif lost or role == "assistant" and name not in LEARNT_FIELDS:
+                why = "the chat template drops it" if lost else "it would have no label"
+                raise ValueError(f"the field {name!r} of {role} turn {turn}: {why}")
 
     def find_turn(self, turn: int) -> tuple[int, int]:
         """[begin, end) of an assistant's turn in the text, thoughts and stop token included.
 
         The conversation with MARK for the turn is the same before and behind it. Raises ValueError.
         """
-        changed, text = [*self.messages], self.text
-        changed[turn] = {"role": "assistant", "content": MARK}
-        before, *behind = self.render(changed).split(MARK)
+        text = self.text
+        before, *behind = self.replace(turn, {"role": "assistant", "content": MARK}).split(MARK)
         if len(behind) != 1 or MARK in text or not text.endswith(behind[0]):
             raise ValueError(f"the chat template changes assistant turn {turn}: it is not found")
         begin, end = len(os.path.commonprefix([text, before])), len(text) - len(behind[0])
-        if text[:begin].endswith("<think>\n") and "</think>" in text[begin:end]:
-            begin -= len("<think>\n")
+        if text[:begin].rstrip().endswith("<think>") and "</think>" in text[begin:end]:
+            begin = text.rindex("<think>", 0, begin)
         end += len(behind[0]) - len(behind[0].lstrip())
         for token in map(self.tokenizer.core.id_to_token, self.tokenizer.eos_ids):
             if token and text.startswith(token, end):
@@ -301,22 +291,26 @@ class RenderedChat:
         found = f"found {text[end : end + 20]!r}; --stop-token names one"
         raise ValueError(f"no stop token follows assistant turn {turn}, {found}")
 
-    def prompt_size(self, turn: int, begin: int) -> int | None:
+    def prompt_size(self, turn: int, begin: int, ids: Sequence[int], apart: bool) -> int | None:
         """How many ids the turn's prompt has, if they begin the row; else None, and a note."""
-        say, before, text = self.tokenizer.say_once, self.messages[:turn], self.text
+        before, text = self.messages[:turn], self.text
         try:
-            prompt, bare = self.render(before, prompt=True), self.render(before)
+            prompt = self.render(before, prompt=True)
         except ValueError:  # some templates refuse to begin with the assistant
             return None
-        if prompt == bare and text[len(prompt) : begin].strip():
-            say("the chat template has no generation prompt", "prompt")
-            return None
         start = self.tokenizer.encode(prompt)
-        if text.startswith(prompt) and self.ids[: len(start)] == start:
-            return len(start)
         place = len(os.path.commonprefix([text, prompt]))
-        parts = f"{text[place - 9 : place + 9]!r} against {prompt[place - 9 : place + 9]!r}"
-        say(f"rows differ from prompts at character {place}: {parts}", "prompt")
+        around = slice(max(0, place - 9), place + 9)
+        note = (
+            f"rows differ from prompts at character {place}: {text[around]!r}, {prompt[around]!r}"
+        )
+        if text[len(prompt) : begin].strip() and self.render(before) == prompt:
+            if apart:
+                raise ValueError("expected a chat template whose generation prompt names the role")
+            note = "the chat template has no generation prompt"
+        elif text.startswith(prompt) and list(ids[: len(start)]) == start:
+            return len(start)
+        self.tokenizer.say_once(note, "prompt")
         return None
 
 
@@ -324,7 +318,7 @@ class RenderedChat:
 class Conversation:
     """What a row says; apart: which of it is prompt and which is completion, too."""
 
-    messages: list[Message]
+    messages: list[Record]
     tools: Any = None
     apart: bool = False
 
@@ -335,51 +329,56 @@ def read_rows(file: str | Path, counts: dict[str, int]) -> Iterator[tuple[str, C
     {messages}; {prompt, completion} as texts or lists of messages; GSM8K's {question, answer};
     beside them tools and, before prompt or question, system. Raises ValueError with file:line.
     """
-    formats = (("messages",), ("prompt", "completion"), ("question", "answer"))
     for where, line in read_lines(file):
         row = parse_object(line, where)
-        keys: Any = next((keys for keys in formats if set(keys) <= set(row)), ())
+        keys = next((keys for keys in FORMATS if set(keys) <= set(row)), ())
         if not keys:
-            raise ValueError(f"{where}: expected one of {formats}, found {sorted(row)}")
-        read = {*keys, "tools"} if keys == ("messages",) else {*keys, "tools", "system"}
-        for name in set(row) - read - UNREAD - TASK_COLUMNS:
+            raise ValueError(f"{where}: expected one of {[*FORMATS]}, found {sorted(row)}")
+        for name in set(row) - {*keys, *FORMATS[keys].split()} - UNREAD:
             if row[name] and isinstance(row[name], (str, list, dict)):
                 what = "which is not read: put it into the messages or take it out"
                 raise ValueError(f"{where}: found the column {name!r}, {what}")
             counts[f"column {name} not read"] = counts.get(f"column {name} not read", 0) + 1
-        messages: Any = row.get("messages")
-        apart = False
-        if keys == ("question", "answer"):  # whose marks <<48/2=24>> are not for reading
-            row["answer"] = re.sub(r"<<[^<>]*>>", "", str(row["answer"]))
-        if keys != ("messages",):
-            messages, apart = join_turns(*(row[key] for key in keys))
-        if "system" in read and row.get("system"):
-            messages = [{"role": "system", "content": row["system"]}, *messages]
+        if not are_objects(row.get("tools") or []):
+            raise ValueError(f"{where}: expected tools as objects, found {repr(row['tools'])}")
+        apart = len(keys) == 2 and isinstance(row[keys[0]], list)
+        messages = join_turns(row, keys, where)
         roles = [message["role"] for message in check_messages(messages, where)]
         if "assistant" not in roles:
             raise ValueError(f"{where}: expected a message of the assistant, found {roles}")
         yield where, Conversation(messages, row.get("tools"), apart)
 
 
-def join_turns(prompt: Any, completion: Any) -> tuple[Any, bool]:
-    """Prompt and completion as messages, and whether they were: then the prompt has no label."""
-    if isinstance(prompt, list) and isinstance(completion, list):
-        learnt = {"train": False}
-        turns = [m | learnt if isinstance(m, dict) else m for m in prompt]
-        return turns + completion, True
-    user = {"role": "user", "content": prompt}
-    return [user, {"role": "assistant", "content": completion}], False
+def join_turns(row: Record, keys: tuple[str, ...], where: str) -> Any:
+    """A row's messages; a prompt of messages has no label. Raises ValueError."""
+    first, last = row[keys[0]], row[keys[-1]]
+    if keys == ("messages",):
+        return first
+    if keys == ("question", "answer") and isinstance(last, str):
+        last = re.sub(r"<<[^<>]*>>", "", last)  # its marks <<48/2=24>> are not for reading
+    if isinstance(first, list):
+        prompt = [{**m, "train": False} for m in check_messages(first, where)]
+        turns = prompt + check_messages(last, where)
+    else:
+        turns = [{"role": "user", "content": first}, {"role": "assistant", "content": last}]
+    system = row.get("system")
+    return [{"role": "system", "content": system}, *turns] if system else turns
 
 
-def check_messages(messages: Any, where: str) -> list[Message]:
+def are_objects(values: Any) -> bool:
+    """Is this a list of objects?"""
+    return isinstance(values, list) and all(isinstance(value, dict) for value in values)
+
+
+def check_messages(messages: Any, where: str) -> list[Record]:
     """The messages, if they are {role, content} in text. Raises ValueError that begins `where`."""
-    fits = isinstance(messages, list) and len(messages) > 0
+    fits = bool(messages) and are_objects(messages)
     for m in messages if fits else ():
-        known = isinstance(m, dict) and m.get("role") in ROLES
-        calls = known and m["role"] == "assistant" and m.get("tool_calls")
-        text = known and m.get("content", "" if calls else None)
-        fits &= isinstance(text, str) or bool(calls) and text is None
+        role, content, calls = m.get("role"), m.get("content"), m.get("tool_calls") or []
+        calling = content is None and role == "assistant" and calls != []
+        fits &= role in ROLES and (isinstance(content, str) or calling) and are_objects(calls)
+        fits &= all(m.get(name) in (None, 0, 1) for name in LABEL_FIELDS)
     if not fits:
-        expected = f"messages with a role ({', '.join(ROLES)}) and a content in text"
+        expected = f"messages with a role of {ROLES}, content in text, {LABEL_FIELDS} 0 or 1"
         raise ValueError(f"{where}: expected {expected}, found {repr(messages)}")
     return messages

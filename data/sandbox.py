@@ -33,26 +33,26 @@ import linecache
 import marshal
 import os
 import resource
-import secrets
-import selectors
-import shutil
 import signal
 import struct
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import types
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import astuple, dataclass
 
-if __name__ != "__main__":  # every child runs this file as its script, and shows no bar
+if __name__ != "__main__":  # a child runs this file as its script; these would be half of its start
+    import secrets
+    import selectors
+    import shutil
+    import subprocess
+    import tempfile
+    from concurrent.futures import ThreadPoolExecutor, as_completed
+
     from tqdm import tqdm
 
-# What must fail in a confined program, by the sentence to say where it does not fail. ELSEWHERE is
-# a file that any user may write.
+# Sentence: what must fail in a confined program. ELSEWHERE is a file that any user may write.
 PROBES = {
     "no network namespace: a program can open sockets": (
         "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).connect(('127.0.0.1', 9))"
@@ -402,6 +402,7 @@ def set_limits(limits: Limits, tasks: int) -> None:
 
 def work() -> None:
     """Exec program and tests; write the token, or else a line on what went wrong; leave."""
+    threading.stack_size(2**23)  # whatever the shell's limit is
     channel = os.dup(2)
     os.dup2(1, 2)
     leave, anything = os._exit, BaseException  # names that the program cannot replace

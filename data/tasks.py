@@ -7,7 +7,7 @@ A row of data/NAME/SPLIT.jsonl, written by `python data/prepare.py NAME`, is an 
     answer       what an answer is compared with: a number, an expression, a letter; "" for code
     subject      where the source has one: few-shot examples are of the same subject
     choices      (kind choice) the replies whose likelihoods are compared: A, B, C, ...
-    code, entry_point, tests, plus_tests    (kind code) solution, its function, programs that test it
+    code, entry_point, tests, plus_tests    (kind code) solution, function, programs that test it
 train.py reads prompt and completion of the same rows.
 
 Protocol. chat: the model's own template, thinking off, examples as turns. plain: text without
@@ -26,9 +26,8 @@ markup, as lm-evaluation-harness prompts base models. Examples are the first of 
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import importlib
+import importlib.util
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -42,12 +41,7 @@ from typing import Any
 from common import parse_object, read_lines
 from data import code
 from data.chat import Tokenizer, check_messages
-from data.code import Row, cut, json_lines
-
-try:
-    import math_verify
-except ImportError:  # an extra: without it, the rule symbolic is not reported
-    math_verify = None
+from data.code import Row
 
 HERE = Path(__file__).resolve().parent
 LETTERS = "ABCDEFGHIJ"
@@ -74,7 +68,6 @@ class Task:
     kind: str = "text"  # judge what is written; "choice": compare likelihoods; "code": run it
     file: str = ""  # rows to score, below data/; empty: NAME/test.jsonl
     shots: str = ""  # rows that examples are taken from, below data/
-    convert: Callable[[dict[str, bytes]], dict[str, list[Row]]] | None = None  # files -> splits
     rules: dict[str, Rule] = field(default_factory=dict)
     header: Callable[[Row], str] = lambda row: ""  # said once, before the examples
     chat: Callable[[Row], tuple[str, str]] = ask_prompt  # the user's message, how the reply begins
@@ -92,11 +85,6 @@ class Task:
 
 
 # ---- numbers: GSM8K, SVAMP ----
-
-
-def ask_question(text: str) -> str:
-    """lm-evaluation-harness' zero-shot prompt; the solution follows."""
-    return f"Question: {text}\nAnswer:"
 
 
 def strict_number(text: str) -> str | None:
@@ -130,37 +118,8 @@ def same_decimal(found: str, answer: str) -> bool:
         return False
 
 
-def convert_gsm8k(files: dict[str, bytes]) -> dict[str, list[Row]]:
-    """{question, answer: "steps with marks <<48/2=24>> #### 24"}; the marks are not for reading."""
-    rows: dict[str, list[Row]] = {split: [] for split in files}
-    for split, content in files.items():
-        for i, source in enumerate(json_lines(content)):
-            solution = re.sub(r"<<[^<>]*>>", "", source["answer"])
-            row = {"id": f"{split}-{i}", "prompt": ask_question(source["question"])}
-            row |= {"completion": solution, "answer": solution.rpartition("#### ")[2].strip()}
-            rows[split].append(row)
-    return rows
+# ---- expressions: MATH-500. The score knows no algebra ----
 
-
-def convert_svamp(files: dict[str, bytes]) -> dict[str, list[Row]]:
-    """{ID, Body, Question, Equation, Answer: 51.0}: one file without splits, all of it is test."""
-    rows = []
-    for source in json.loads(files["test"]):
-        body = source["Body"].strip()
-        body += "" if body[-1] in ".?!" else "."
-        equation = source["Equation"].strip().removeprefix("(").removesuffix(")").strip()
-        equation, answer = (
-            re.sub(r"(\d)\.0\b", r"\1", str(s)) for s in (equation, source["Answer"])
-        )
-        row = {"id": source["ID"], "prompt": ask_question(f"{body} {source['Question'].strip()}")}
-        row |= {"completion": f"{equation} = {answer}\n#### {answer}", "answer": answer}
-        rows.append(row | {"subject": source["Type"]})
-    return {"test": rows}
-
-
-# ---- expressions: MATH-500. No algebra in the score: a parser of it would run what a model wrote ----
-
-ASK_BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 SPELLINGS = (  # what is written in two ways, and the one that is kept; in this order
     (r"\n", ""),
     (r"\\!", ""),
@@ -187,7 +146,7 @@ SPELLINGS = (  # what is written in two ways, and the one that is kept; in this 
 
 
 def boxed(text: str) -> str | None:
-    r"""What the last \boxed holds, None when its brace is not closed; of `\boxed 5` the next word."""
+    r"""What the last \boxed holds, None when it is not closed; of `\boxed 5` the next word."""
     _, found, rest = text.rpartition("\\boxed")
     group = rest.lstrip(" ")
     if not found or not group.startswith("{"):
@@ -202,7 +161,7 @@ def boxed(text: str) -> str | None:
 
 
 def normalize(text: str) -> str:
-    r"""One spelling of an answer: `\dfrac12` and `0.5` are `\frac{1}{2}`, `x = 3\text{ cm}` is `3`."""
+    r"""One spelling: `\dfrac12` and `0.5` are `\frac{1}{2}`, `x = 3\text{ cm}` is `3`."""
     text = text.strip()
     while whole := re.fullmatch(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}\.?", text):
         text = whole[1].strip()
@@ -220,7 +179,9 @@ def exact_number(text: str) -> Fraction | None:
         return Fraction(Decimal(text))  # int(text) refuses more than 4,300 digits
     parts = re.fullmatch(r"(-?)\\frac\{(-?[0-9.]+)\}\{(-?[0-9.]+)\}", text)
     parts = parts or re.fullmatch(r"()(-?[0-9.]+)/(-?[0-9.]+)", text)
-    above, below = (exact_number(parts[2]), exact_number(parts[3])) if parts else (None, None)
+    if not parts:
+        return None
+    above, below = exact_number(parts[2]), exact_number(parts[3])
     if above is None or not below:
         return None
     return (-above if parts[1] else above) / below
@@ -243,7 +204,7 @@ def elements(text: str) -> tuple[str, list[str]]:
 
 
 def same_expression(found: str, answer: str) -> bool:
-    """The same normalised text, else the same number, else the same brackets around equal elements."""
+    """The same normalised text, number, or brackets around equal elements."""
     a, b = normalize(found), normalize(answer)
     x, y = exact_number(a), exact_number(b)
     if a == b or x is not None or y is not None:
@@ -255,19 +216,11 @@ def same_expression(found: str, answer: str) -> bool:
 
 
 def same_symbolically(found: str, answer: str) -> bool:
-    """math-verify's verdict on the two as LaTeX."""
-    gold, mine = (math_verify.parse(f"\\boxed{{{text}}}") for text in (answer, found))
-    return math_verify.verify(gold, mine)
-
-
-def convert_math500(files: dict[str, bytes]) -> dict[str, list[Row]]:
-    """{problem, solution, answer, subject, unique_id}."""
-    rows = []
-    for source in json_lines(files["test"]):
-        row = {"id": source["unique_id"], "prompt": f"{source['problem']}\n{ASK_BOXED}"}
-        row |= {"completion": source["solution"], "answer": source["answer"]}
-        rows.append(row | {"subject": source["subject"]})
-    return {"test": rows}
+    """math-verify's verdict on the two as LaTeX. The package is an extra, and slow to import."""
+    math_verify = importlib.import_module("math_verify")
+    latex = [math_verify.LatexExtractionConfig()]  # the other parser evaluates what it reads
+    sides = [math_verify.parse(f"\\boxed{{{text}}}", latex) for text in (answer, found)]
+    return math_verify.verify(*sides)
 
 
 # ---- choices: ARC, MMLU ----
@@ -277,36 +230,6 @@ def best_choice(logprobs: Sequence[float], choices: Sequence[str], rule: str) ->
     """acc: the likeliest; acc_norm: the largest log p / characters. The first one on ties."""
     scores = [p / len(c) if rule == "acc_norm" else p for p, c in zip(logprobs, choices)]
     return scores.index(max(scores))
-
-
-def convert_arc(files: dict[str, bytes]) -> dict[str, list[Row]]:
-    """{id, question: {stem, choices: [{text, label}]}, answerKey}; labels 1, 2 become A, B."""
-    rows: dict[str, list[Row]] = {split: [] for split in files}
-    for split, content in files.items():
-        for source in json_lines(content):
-            labels = [choice["label"] for choice in source["question"]["choices"]]
-            choices = [choice["text"] for choice in source["question"]["choices"]]
-            right = labels.index(source["answerKey"])
-            row = {"id": source["id"], "prompt": ask_question(source["question"]["stem"])}
-            row |= {"completion": choices[right], "answer": LETTERS[right], "choices": choices}
-            rows[split].append(row)
-    return rows
-
-
-def convert_mmlu(files: dict[str, bytes]) -> dict[str, list[Row]]:
-    """Files SPLIT/SUBJECT of lines question, A, B, C, D, letter. Raises ValueError on another line."""
-    rows: dict[str, list[Row]] = {}
-    for name, content in files.items():
-        split, subject = name.split("/")
-        lines = csv.reader(io.StringIO(content.decode("utf-8"), newline=""))
-        for i, line in enumerate(lines):
-            if len(line) != 6 or line[5] not in tuple("ABCD"):
-                raise ValueError(f"{name}: expected question, four choices, letter, found {line}")
-            listed = "".join(f"\n{letter}. {text}" for letter, text in zip("ABCD", line[1:5]))
-            row = {"id": f"{subject}/{i}", "prompt": f"{line[0].strip()}{listed}\nAnswer:"}
-            row |= {"completion": line[5], "answer": line[5], "choices": list("ABCD")}
-            rows.setdefault(split, []).append(row | {"subject": subject})
-    return rows
 
 
 def mmlu_header(row: Row) -> str:
@@ -329,92 +252,73 @@ def same_words(found: str, answer: str) -> bool:
     return found.split() == answer.split()
 
 
-CHAT_STOPS = ("Question:", "</s>", "<|im_end|>")
-BOXED_RULES = {"boxed": Rule(boxed, same_expression)}
-if math_verify:
-    BOXED_RULES["symbolic"] = Rule(boxed, same_symbolically)
+def ask_mbpp(row: Row) -> tuple[str, str]:
+    """The request, and a reply that has opened a block of code."""
+    return row["prompt"], "```python\n"
+
+
+def ask_mbpp_plain(row: Row) -> tuple[str, str]:
+    """The request, and the mark at which the code begins."""
+    return row["prompt"], "\n[BEGIN]\n"
+
+
+ENDS = ("Question:", "</s>", "<|im_end|>")
+BOXED = {"boxed": Rule(boxed, same_expression)}
+if importlib.util.find_spec("math_verify"):
+    BOXED["symbolic"] = Rule(boxed, same_symbolically)
+GSM8K = {"flexible": Rule(last_number, same_digits), "strict": Rule(strict_number, same_digits)}
+SVAMP = {"number": Rule(last_number, same_decimal)}
 OWN = Task("own", rules={"answer": Rule(after_hashes, same_words)}, stops=("Question:",))
 OWN = replace(OWN, between="\n", max_new_tokens=128)
-MBPP = Task("mbpp", "code", convert=code.convert_mbpp, shots="mbpp/shots.jsonl", between="")
-MBPP = replace(MBPP, chat=lambda row: (row["prompt"], "```python\n"), program=code.mbpp_program)
-MBPP = replace(MBPP, plain=lambda row: (row["prompt"], "\n[BEGIN]\n"), stops=code.MBPP_STOPS)
+MATH500 = Task("math500", rules=BOXED, between="\n", stops=ENDS[1:], max_new_tokens=2048)
+HUMANEVAL = Task("humaneval", "code", between="", stops=code.HUMANEVAL_STOPS)
+MBPP = Task("mbpp", "code", shots="mbpp/shots.jsonl", between="", stops=code.MBPP_STOPS)
+MBPP = replace(MBPP, chat=ask_mbpp, plain=ask_mbpp_plain, end="\n[DONE]", program=code.mbpp_program)
 ALL = [
-    replace(OWN, name=n, file=f"tiny/test/{n}.jsonl") for n in ("math", "word", "science", "code")
-]
-ALL += [
-    Task(
-        "gsm8k",
-        convert=convert_gsm8k,
-        shots="gsm8k/train.jsonl",
-        rules={
-            "flexible": Rule(last_number, same_digits),
-            "strict": Rule(strict_number, same_digits),
-        },
-        stops=CHAT_STOPS,
-        max_new_tokens=1024,
+    *(
+        replace(OWN, name=n, file=f"tiny/test/{n}.jsonl")
+        for n in ("math", "word", "science", "code")
     ),
-    Task(
-        "math500",
-        convert=convert_math500,
-        rules=BOXED_RULES,
-        between="\n",
-        stops=("<|im_end|>", "</s>"),
-        max_new_tokens=2048,
-    ),
-    Task(
-        "svamp",
-        convert=convert_svamp,
-        rules={"number": Rule(last_number, same_decimal)},
-        stops=CHAT_STOPS,
-    ),
-    Task(
-        "mmlu_stem", "choice", convert=convert_mmlu, shots="mmlu_stem/dev.jsonl", header=mmlu_header
-    ),
-    Task("arc_challenge", "choice", convert=convert_arc, shots="arc_challenge/train.jsonl"),
-    Task("arc_easy", "choice", convert=convert_arc, shots="arc_easy/train.jsonl"),
-    Task(
-        "humaneval",
-        "code",
-        convert=code.convert_humaneval,
-        chat=code.humaneval_chat,
-        program=code.humaneval_program,
-        between="",
-        stops=code.HUMANEVAL_STOPS,
-    ),
-    replace(MBPP, end="\n[DONE]"),
-    replace(MBPP, name="mbpp_plus", file="mbpp/plus.jsonl", convert=None, end="\n[DONE]"),
+    Task("gsm8k", shots="gsm8k/train.jsonl", rules=GSM8K, stops=ENDS, max_new_tokens=1024),
+    MATH500,
+    Task("svamp", rules=SVAMP, stops=ENDS),
+    Task("mmlu_stem", "choice", shots="mmlu_stem/dev.jsonl", header=mmlu_header),
+    Task("arc_challenge", "choice", shots="arc_challenge/train.jsonl"),
+    Task("arc_easy", "choice", shots="arc_easy/train.jsonl"),
+    replace(HUMANEVAL, chat=code.humaneval_chat, program=code.humaneval_program),
+    MBPP,
+    replace(MBPP, name="mbpp_plus", file="mbpp/plus.jsonl"),
 ]
 TASKS = {task.name: task for task in ALL}
 
 
 def find_tasks(names: Sequence[str]) -> list[Task]:
-    """Tasks by name, or a .jsonl file of one's own. Raises ValueError on unknown and repeated names."""
-    tasks = []
-    for name in names:
-        if name not in TASKS and not name.endswith(".jsonl"):
-            raise ValueError(
-                f"tasks: expected some of {', '.join(TASKS)} or .jsonl files, found {name!r}"
-            )
-        tasks.append(TASKS.get(name) or own_task(Path(name)))
+    """Tasks by name, or .jsonl files of one's own. Raises ValueError on unknown names."""
+    if wrong := [name for name in names if name not in TASKS and not name.endswith(".jsonl")]:
+        raise ValueError(
+            f"tasks: expected some of {', '.join(TASKS)} or .jsonl files, found {wrong}"
+        )
+    tasks = [TASKS.get(name) or own_task(Path(name)) for name in names]
     found = [task.name for task in tasks]
-    if len(set(found)) < len(found) or any(t.name in TASKS and t != TASKS[t.name] for t in tasks):
-        raise ValueError(f"tasks: expected different names, and files not named as a task: {found}")
+    if len(set(found)) < len(found) or any(TASKS.get(t.name, t) != t for t in tasks):
+        raise ValueError(f"tasks: expected other files than named as a task, each once: {found}")
     return tasks
 
 
 def own_task(file: Path) -> Task:
-    """A file of one's own: of kind choice when its first row has choices."""
-    row = parse_object(next(read_lines(file), ("", b"{}"))[1], str(file))
-    kind = "choice" if "choices" in row else "text"
+    """A file of one's own: of kind choice when its first row has choices. Raises ValueError."""
+    where, line = next(read_lines(file), (str(file), b"{}"))
+    kind = "choice" if "choices" in parse_object(line, where) else "text"
     return replace(OWN, name=file.stem, file=str(file.resolve()), kind=kind)
 
 
 def load_items(task: Task, limit: int = 0) -> list[Row]:
-    """The rows to score. Raises ValueError with file and line, or naming what prepares the file."""
+    """The rows to score. Raises ValueError with file and line, or naming what prepares them."""
     if not task.path.exists() and task.name in TASKS:
         raise ValueError(f"{task.path}: run python data/prepare.py {task.path.parent.name} first")
     items = [parse_item(line, where, task.kind) for where, line in read_lines(task.path)]
-    twice = [name for name, n in Counter(item["id"] for item in items).items() if n > 1]
+    counts = Counter(item["id"] for item in items)
+    twice = [name for name, count in counts.items() if count > 1]
     if not items or twice:
         raise ValueError(f"{task.path}: expected items with different ids, found twice: {twice}")
     return items[: limit or None]
@@ -428,19 +332,21 @@ def load_pool(task: Task) -> list[Row]:
 
 
 def parse_item(line: bytes, where: str, kind: str) -> Row:
-    """{prompt or messages, answer, id (else the line's number), ...}, see above. Raises ValueError."""
+    """A row as described above; without an id it has its line's number. Raises ValueError."""
     row = parse_object(line, where)
     asked = row.get("messages", [{"role": "user", "content": row.get("prompt")}])
-    messages = check_messages(asked, where)
+    texts = ("prompt", "code", "tests") if kind == "code" else ()
+    choices = row.get("choices", [])
+    listed = isinstance(choices, list) and all(isinstance(c, str) and c for c in choices)
+    letters = tuple(LETTERS[: len(choices)] if listed else "")
     fits = {
-        "messages up to the assistant's answer": messages[-1]["role"] != "assistant",
-        "answer, a text": isinstance(row.get("answer"), str),
-        "completion, a text": isinstance(row.get("completion", "-"), str)
-        and row.get("completion", "-"),
-        "prompt, code and tests, texts": kind != "code"
-        or all(isinstance(row.get(key), str) for key in ("prompt", "code", "tests")),
-        "choices, texts, and the right one's letter": (kind == "choice") == ("choices" in row)
-        and (kind != "choice" or has_choices(row)),
+        "messages up to the answer": check_messages(asked, where)[-1]["role"] != "assistant",
+        "an answer in text": isinstance(row.get("answer"), str),
+        "a completion in text": isinstance(row.get("completion", "-"), str),
+        f"{', '.join(texts)} in text": all(isinstance(row.get(key), str) for key in texts),
+        "choices in each row or none": (kind == "choice") == bool(choices),
+        "choices, a list of texts": listed,
+        "a letter of the choices": not choices or row.get("answer") in letters,
     }
     for expected, fine in fits.items():
         if not fine:
@@ -448,22 +354,11 @@ def parse_item(line: bytes, where: str, kind: str) -> Row:
     return {**row, "id": str(row.get("id", where.rpartition(":")[2]))}
 
 
-def has_choices(row: Row) -> bool:
-    """At least two choices in text, and an answer that is one's letter?"""
-    choices = row["choices"]
-    fits = (
-        isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) for c in choices)
-    )
-    return fits and all(choices) and row["answer"] in tuple(LETTERS[: len(choices)])
-
-
 def choose_shots(task: Task, item: Row, pool: Sequence[Row], count: int) -> list[Row]:
-    """The first `count` rows of the pool with the item's subject. Raises ValueError when too few."""
+    """The first `count` rows of the pool with the item's subject. Raises ValueError."""
     shots = [row for row in pool if row.get("subject") == item.get("subject")][:count]
     if len(shots) < count:
-        raise ValueError(
-            f"{task.name}: expected {count} examples for {item['id']}, found {len(shots)}"
-        )
+        raise ValueError(f"{task.name}: expected {count} examples for {item['id']}: {len(shots)}")
     return shots
 
 
@@ -477,44 +372,40 @@ class Prompt:
 
 def ask(task: Task, item: Row, shots: Sequence[Row], form: str, tokenizer: Tokenizer) -> Prompt:
     """The prompt of one item in chat or plain form. Raises ValueError on messages in plain form."""
-    replies = item.get("choices") or ([item["completion"]] if "completion" in item else [])
-    if form == "chat":
-        turns, begun = [], ""
-        for shot in shots:
-            turns.append({"role": "user", "content": task.chat(shot)[0]})
-            turns.append({"role": "assistant", "content": shot["completion"]})
-        if "messages" in item:
-            turns += item["messages"]
-        else:
-            user, begun = task.chat(item)
-            turns.append({"role": "user", "content": user})
-        turns[0] = {**turns[0], "content": task.header(item) + turns[0]["content"]}
-        text = tokenizer.render(turns, add_generation_prompt=True) + begun
-        return Prompt(text, [reply.removeprefix(begun) for reply in replies])
-    if "messages" in item:
+    solution: Any = item.get("completion", "")
+    if form == "plain":
+        solution = item.get("code", solution)
+    replies: list[Any] = item.get("choices") or ([solution] if solution else [])
+    if form == "plain" and "messages" in item:
         raise ValueError(f"{task.name}: {item['id']}: messages have no plain form; --format chat")
-    text = task.header(item)
+    if form == "plain":
+        text = task.header(item)
+        for shot in shots:
+            reply = shot.get("code") or shot["completion"]
+            text += "".join(task.plain(shot)) + task.between + reply + task.end + "\n\n"
+        text += "".join(task.plain(item))
+        return Prompt(text, [task.between + reply for reply in replies])
+    turns = []
     for shot in shots:
-        reply = shot.get("code", shot.get("completion", ""))
-        text += "".join(task.plain(shot)) + task.between + reply + task.end + "\n\n"
-    text += "".join(task.plain(item))
-    if task.kind == "code":
-        replies = [item["code"]]
-    return Prompt(text, [task.between + reply for reply in replies])
+        turns.append({"role": "user", "content": task.chat(shot)[0]})
+        turns.append({"role": "assistant", "content": shot["completion"]})
+    user, begun = ("", "") if "messages" in item else task.chat(item)
+    turns += item.get("messages", [{"role": "user", "content": user}])
+    turns[0] = {**turns[0], "content": task.header(item) + turns[0]["content"]}
+    text = tokenizer.render(turns, add_generation_prompt=True) + begun
+    return Prompt(text, [reply.removeprefix(begun) for reply in replies])
 
 
 def judge(task: Task, record: Row) -> Row:
     """The record with what each rule extracted and its verdict; `correct` is the first rule's."""
     extracted: dict[str, str | None] = {}
-    verdicts = {}
-    if task.kind == "choice":
-        for rule in ("acc", "acc_norm"):
-            best = LETTERS[best_choice(record["logprobs"], record["choices"], rule)]
-            extracted[rule], verdicts[rule] = best, best == record["answer"]
-    else:
-        for name, rule in task.rules.items():
-            found = rule.extract(record["completion"])
-            extracted[name] = found
-            verdicts[name] = found is not None and rule.equal(found, record["answer"])
+    verdicts: dict[str, bool] = {}
+    for name in ("acc", "acc_norm") if task.kind == "choice" else ():
+        best = LETTERS[best_choice(record["logprobs"], record["choices"], name)]
+        extracted[name], verdicts[name] = best, best == record["answer"]
+    for name, rule in task.rules.items() if task.kind == "text" else ():
+        found = rule.extract(record["completion"])
+        extracted[name] = found
+        verdicts[name] = found is not None and rule.equal(found, record["answer"])
     correct = next(iter(verdicts.values()))
     return {**record, "extracted": extracted, "verdicts": verdicts, "correct": correct}

@@ -44,17 +44,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """One scored run: of each record the measures' values and sizes.
-
-    A rule's value is 1 (right) or 0, its size 1; the reference solution's are nats and tokens.
-    """
+    """One scored run: of each record the measures' values and sizes."""
 
     name: str
     seed: int | None
     backbone: str
     conditions: Record  # what must be equal in all runs that are compared
-    values: dict[Key, dict[str, float]] = field(default_factory=dict)
-    sizes: dict[Key, dict[str, int]] = field(default_factory=dict)
+    values: dict[Key, dict[str, float]] = field(default_factory=dict)  # 1: right; of REFERENCE nats
+    sizes: dict[Key, dict[str, int]] = field(default_factory=dict)  # 1; of REFERENCE tokens
 
 
 def read_runs(word: str) -> list[Run]:
@@ -64,12 +61,9 @@ def read_runs(word: str) -> list[Run]:
     pattern, _, side = word.rpartition(":")
     runs = []
     for file in sorted(glob.glob(pattern)):
-        sides = read_sweep(file)[1]
-        if side not in sides:
-            raise ValueError(f"{file}: expected a side of {', '.join(sides)}, found {side!r}")
-        runs += sides[side]
+        runs += read_sweep(file)[1].get(side, [])
     if not runs:
-        raise ValueError(f"{word}: expected a folder of a scored run, or FILE:SIDE")
+        raise ValueError(f"{word}: expected a folder of a scored run, or FILE:SIDE, found neither")
     return runs
 
 
@@ -95,9 +89,7 @@ def read_folder(folder: Path) -> Run:
 
 def read_sweep(file: str | Path) -> tuple[Record, dict[str, list[Run]]]:
     """The records of a sweep: their header, and by side a run of each seed. Raises ValueError."""
-    header, *rows = [parse_object(line, where) for where, line in read_lines(file)] or [{}]
-    if "sides" not in header:
-        raise ValueError(f"{file}: expected the records of a sweep")
+    header, *rows = [parse_object(line, where) for where, line in read_lines(file)]
     sides: dict[str, list[Run]] = {side: [] for side in header["sides"]}
     for side, runs in sides.items():
         for j, seed in enumerate(header["seeds"]):
@@ -118,8 +110,7 @@ def check_conditions(runs: Sequence[Run], ignore: Sequence[str] = (), skip: str 
 
     Raises ValueError that lists the others that differ, with their values.
     """
-    wrong: list[str] = []
-    notes: list[str] = []
+    wrong, notes = list[str](), list[str]()
     for name in dict.fromkeys(name for run in runs for name in run.conditions):
         values = dict.fromkeys(json.dumps(run.conditions.get(name, "absent")) for run in runs)
         if len(values) > 1 and name != skip:
@@ -129,17 +120,6 @@ def check_conditions(runs: Sequence[Run], ignore: Sequence[str] = (), skip: str 
         head = "these runs cannot be compared (--ignore NAMES lets conditions differ):"
         raise ValueError("\n  ".join([head, *wrong]))
     return [f"ignored: {text}" for text in notes]
-
-
-def check_items(runs: Sequence[Run]) -> None:
-    """Raise ValueError unless all have the same items, rules and lengths of reference solutions."""
-    first = runs[0].sizes
-    for run in runs:
-        keys = first.keys() | run.sizes.keys()
-        other = sorted(key for key in keys if first.get(key) != run.sizes.get(key))
-        if other or not first:
-            count = f"{len(other)} are not, or by other rules: {other[:3]}"
-            raise ValueError(f"{runs[0].name} | {run.name}: expected the same items, {count}")
 
 
 def merge_backbones(runs: Sequence[Run]) -> list[Run]:
@@ -156,22 +136,24 @@ def merge_backbones(runs: Sequence[Run]) -> list[Run]:
 
 
 def pair_runs(baseline: Sequence[Run], candidate: Sequence[Run]) -> list[tuple[Run, Run]]:
-    """(baseline, candidate) of each seed, ascending. Raises ValueError on a seed without its pair."""
+    """(baseline, candidate) of each seed, ascending. Raises ValueError on what has no pair."""
     sides = [sorted(side, key=lambda run: run.seed or 0) for side in (baseline, candidate)]
-    seeds = [[run.seed for run in side] for side in sides]
-    if len(seeds[1]) == 1 and seeds[0] == [None]:  # a backbone beside what was trained from it
-        seeds[0] = seeds[1]
-    if seeds[0] != seeds[1] or len(set(seeds[0])) < len(seeds[0]):
-        raise ValueError(f"expected each seed once on both sides, found {seeds[0]} | {seeds[1]}")
-    check_items(sides[0] + sides[1])
-    return list(zip(*sides))
+    pairs, first = list(zip(*sides)), sides[0][0]
+    seeds, others = [run.seed for run in sides[0]], [run.seed for run in sides[1]]
+    bare = seeds == [None] and len(others) == 1  # a backbone beside what was trained from it
+    if not bare and seeds != others or len(set(seeds)) < len(seeds):
+        raise ValueError(f"expected each seed once on both sides, found {seeds} | {others}")
+    for run in sides[0] + sides[1]:
+        if not run.sizes or run.sizes != first.sizes:
+            raise ValueError(f"{run.name}: other items, rules or references than {first.name}")
+    return pairs
 
 
 # ---- statistics ----
 
 
 class Grid(NamedTuple):
-    """One task: an item's values, of rules the per cent of its samples that are right, and sizes."""
+    """One task's items; a rule's value: per cent of the item's samples that are right."""
 
     measures: list[str]
     values: np.ndarray  # (K, 2, S, N), baseline and candidate
@@ -179,13 +161,10 @@ class Grid(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """One measure summed over items, as they are and as each resample drew them.
-
-    A figure is a sum of values / a sum of sizes: per cent, or nats per token.
-    """
+    """One measure summed over items. A figure is values / sizes: per cent, or nats per token."""
 
     values: np.ndarray  # (2, S)
-    gaps: np.ndarray  # (R,), candidate - baseline
+    gaps: np.ndarray  # (R,) candidate - baseline, as each resample drew the items
     sizes: np.ndarray  # (R,)
     n: int
     size: int
@@ -244,10 +223,7 @@ def resample(grid: Grid, seeds: np.ndarray, rng: np.random.Generator) -> list[Su
 
 
 def estimate(parts: Sequence[Sums], alike: bool = False) -> Record:
-    """Over all items of the parts, or as the mean of the parts (alike): differences, interval.
-
-    Of reference solutions: above 0, the candidate finds them likelier.
-    """
+    """Both sides and their difference over all items of the parts, or (alike) the parts' mean."""
     whole = Sums(*[sum(column[1:], column[0]) for column in zip(*parts)])
     pooled = parts if alike else [whole]
     rates = np.mean([part.values / part.size for part in pooled], 0)  # (2,S)
@@ -276,18 +252,19 @@ def mcnemar(gained: int, lost: int) -> float:
     return min(1.0, 2 * sum(chosen) / 2**n)
 
 
-def statistics(grids: Mapping[str, Grid], seeds: int, settings: Settings) -> Record:
+def statistics(pairs: Sequence[tuple[Run, Run]], settings: Settings) -> Record:
     """Every measure of each task; pooled, the first rules and the reference solutions.
 
     A resample draws its seeds once for all tasks, and items within each task: the same ones for
     every backbone, whose tasks are named BACKBONE/TASK.
     """
-    drawn = draw_counts(np.random.default_rng(settings.seed), settings.resamples, seeds)
+    seeds = draw_counts(np.random.default_rng(settings.seed), settings.resamples, len(pairs))
     tasks: dict[str, Record] = {}
     first, references = [], []
-    for task, grid in grids.items():
+    for task in dict.fromkeys(key[0] for key in pairs[0][0].sizes):
+        grid = build_grid(pairs, task)
         stream = [settings.seed, zlib.crc32(task.rpartition("/")[2].encode())]
-        sums = resample(grid, drawn, np.random.default_rng(stream))
+        sums = resample(grid, seeds, np.random.default_rng(stream))
         tasks[task] = {name: estimate([part]) for name, part in zip(grid.measures, sums)}
         first.append(sums[0])
         references += sums[-1:] if REFERENCE in grid.measures else []
@@ -306,16 +283,13 @@ def compare_runs(baseline: Sequence[Run], candidate: Sequence[Run], settings: Se
     if several:
         baseline, candidate = merge_backbones(baseline), merge_backbones(candidate)
     pairs = pair_runs(baseline, candidate)
-    tasks = dict.fromkeys(key[0] for key in pairs[0][0].sizes)
-    grids = {task: build_grid(pairs, task) for task in tasks}
     seeds, conditions = [run.seed for _, run in pairs], runs[0].conditions
     if str(conditions["commit"]).endswith("-dirty"):
         notes.append("warning: scored with uncommitted changes, perhaps not the same ones")
     if len(seeds) == 1:
         notes.append("one seed: the intervals hold the variation over items alone, none over seeds")
     about = {"settings": asdict(settings), "runs": [run.name for run in runs], "seeds": seeds}
-    about |= {"notes": notes, "conditions": conditions}
-    return about | statistics(grids, len(seeds), settings)
+    return about | {"notes": notes, "conditions": conditions} | statistics(pairs, settings)
 
 
 # ---- table and picture ----
@@ -372,8 +346,7 @@ def write_comparison(result: Record, out: Path, name: str = "comparison") -> Non
         return
     entries = result["tasks"] | result["pooled"]
     panels = {"points": [next(iter(entry.values())) for entry in entries.values()]}
-    references = [entry.get(REFERENCE) for entry in entries.values()]
-    panels["nats per token of the reference solution"] = references
+    panels["nats per token"] = [entry.get(REFERENCE) for entry in entries.values()]
     figure = Figure((10, 1.4 + 0.45 * len(entries)), layout="constrained")
     for axis, (title, lines) in zip(figure.subplots(1, 2, sharey=True), panels.items()):
         axis.axvline(0, color="0.6", linewidth=1)

@@ -1,9 +1,8 @@
 """What adapter and side path do to the residual stream: python -m experiments.internals --help.
 
 Four passes over the same tokens (backbone; + adapter; + side path; + both), then both again while
-the side paths read another memory than their own. As in training, a row is fed but for its last
-token. A side path's perturbation delta is what it adds to the stream; the adapter's update is what
-the adapter by itself has changed in the stream where delta is added.
+the side paths read another memory than their own. Perturbation: delta, which a side path adds to
+the stream. Update: what the adapter alone has changed in the stream where delta is added.
 
 Shapes: B rows, T tokens, D hidden size, M memory slots, r memory width, V vocabulary, N positions;
         of all batches: S rows, L tokens of the widest row, R resamples.
@@ -15,7 +14,7 @@ import contextlib
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,6 @@ from tqdm import tqdm
 from common import ROOT, Record, check_numbers, choose_device, choose_dtype, file_hash
 from common import folder_hash, run_header, run_script, setting, write_json
 from data.chat import Row, load_tokenizer
-from eval import Settings as EvalSettings
 from eval import log_probs, read_run, recorded_backbone, table
 from model import Transformer, load_model
 from talan import SidePath, adapted, checkpoint_folder, load_adapter, rms
@@ -65,13 +63,10 @@ Memory = dict[int, Tensor]  # layer -> z (B,T,M,r); one for all tokens: (1,1,M,r
 
 
 class SidePathOverride(nn.Module):
-    """Stands in a side path's place and keeps what it computes.
-
-    Off, it adds nothing; on, it adds what the side path makes of its own memory or of another.
-    """
+    """Stands in a side path's place: off, or on with its own memory or another; keeps its parts."""
 
     h: Tensor  # (B,T,D) before delta
-    z: Tensor  # (B,T,M,r) the memory that is read
+    z: Any  # (B,T,M,r) the memory that is read
     weights: Tensor  # (B,T,M) with which each token reads the slots
     delta: Tensor  # (B,T,D) float32
     factor: Tensor  # (B,T) ||delta|| / ||d||: the gate, or the bound's factor; nan where d = 0
@@ -87,12 +82,11 @@ class SidePathOverride(nn.Module):
             return h, None
         side_path, stream = self.side_path, h.float()
         x = rms(stream)  # (B,T,D)
+        self.z = self.memory
         if self.memory is None:
             w, v = side_path.compress(x, lengths)
             num = v.new_zeros(len(h), *side_path.slots.shape)  # (B,M,r)
             self.z = side_path.remember(w, v, num, num[..., 0])[0]
-        else:
-            self.z = self.memory
         y = side_path.remix(self.z, x)  # (B,T,r)
         self.weights = side_path.attend(self.z, x)
         self.delta = side_path.write(y, x, stream)
@@ -200,21 +194,17 @@ def observe(model: Transformer, batch: Batch) -> tuple[Values, Memory]:
     for name, (adapter, side_path) in PASSES.items():
         passes[name] = run_pass(model, batch.tokens, adapter, side_path)
         values["loss"][name] = token_loss(model, passes[name].hidden, batch)
-    base, adapted, both = passes["backbone"], passes["adapter"], passes["both"]
-    first, last = min(both.side_paths, default=len(both.streams)), len(both.streams) - 1
-    for layer, stream in enumerate(adapted.streams):
+    base, tuned, both = passes["backbone"], passes["adapter"], passes["both"]
+    first = min(both.side_paths, default=len(both.streams))
+    for layer, stream in enumerate(tuned.streams):
         update = compare_streams(stream, base.streams[layer])["difference"]
         found = compare_streams(both.streams[layer], stream) if layer >= first else {}
         values[f"after layer {layer}"] = {"update": update, **found}
     for layer, part in both.side_paths.items():
-        update = adapted.side_paths[layer].h.float() - base.side_paths[layer].h.float()
+        update = tuned.side_paths[layer].h.float() - base.side_paths[layer].h.float()
         values[f"layer {layer}"] = insertion_values(update, part)
     if both.side_paths:
-        start, end = values[f"after layer {first}"], values[f"after layer {last}"]
-        for name in ("difference", "difference norm"):
-            growth = end[name] / torch.where(start[name] > 0, start[name], math.nan)
-            values.setdefault("growth", {})[name] = growth
-        values["logits"] = compare_logits(model, adapted.hidden, both.hidden)
+        values["logits"] = compare_logits(model, tuned.hidden, both.hidden)
     return values, {layer: part.z for layer, part in both.side_paths.items()}
 
 
@@ -229,9 +219,9 @@ def swapped_memory(model: Transformer, others: Sequence[Row], width: int) -> Mem
 
 def measure_rows(model: Transformer, rows: Sequence[Row], batch_tokens: int) -> Values:
     """All passes over all rows, each beside the next one's memory; nan: padding, or left out."""
-    widths, fed = [padded_width(row) for row in rows], [len(row.ids) - 1 for row in rows]
+    widths = [padded_width(row) for row in rows]
+    fed = [len(row.ids) - 1 for row in rows]
     groups = pack(sorted(range(len(rows)), key=fed.__getitem__), widths, batch_tokens)
-    batches = [make_batch([rows[n] for n in group], model.head_weight.device) for group in groups]
     empty = partial(np.full, (len(rows), max(widths)), math.nan)
     found: Values = defaultdict(partial(defaultdict, empty))
 
@@ -241,18 +231,19 @@ def measure_rows(model: Transformer, rows: Sequence[Row], batch_tokens: int) -> 
                 found[place][name][n, : fed[n]] = line[: fed[n]]
 
     mean: dict[int, Any] = {}  # layer -> z (1,1,M,r), the mean over all tokens
-    for group, batch in zip(tqdm(groups, "four passes", unit="batch", disable=None), batches):
+    for group in tqdm(groups, "four passes", unit="batch", disable=None):
+        batch = make_batch([rows[n] for n in group], model.head_weight.device)
         values, memory = observe(model, batch)
         for place, entries in values.items():
             store(group, place, entries)
         for layer, z in memory.items():
-            total = sum(z[b, : fed[n]].double().sum(0) for b, n in enumerate(group))
+            total: Any = sum(z[b, : fed[n]].double().sum(0) for b, n in enumerate(group))
             mean[layer] = mean.get(layer, 0) + (total / sum(fed)).float()[None, None]
-    memories: dict[str, Memory] = {"mean memory": mean}
-    for group, batch in zip(tqdm(groups, "other memories", unit="batch", disable=None), batches):
+    for group in tqdm(groups if mean else [], "other memories", unit="batch", disable=None):
+        batch = make_batch([rows[n] for n in group], model.head_weight.device)
         others = [rows[(n + 1) % len(rows)] for n in group]
-        memories["another row's memory"] = swapped_memory(model, others, batch.tokens.shape[1])
-        for name, memory in memories.items() if mean else ():
+        swapped = swapped_memory(model, others, batch.tokens.shape[1])
+        for name, memory in (("mean memory", mean), ("another row's memory", swapped)):
             hidden = run_pass(model, batch.tokens, True, True, memory).hidden
             store(group, "loss", {name: token_loss(model, hidden, batch)})
     return found
@@ -260,27 +251,29 @@ def measure_rows(model: Transformer, rows: Sequence[Row], batch_tokens: int) -> 
 
 # ---- statistics ----
 
-MEANS = ("logits", "loss", "loss above both")  # elsewhere the median is taken
 
+def figure(statistic: Any, draws: np.ndarray, a: np.ndarray, b: np.ndarray | None = None) -> Record:
+    """statistic(a), or / statistic(b), of values (S,L); 95 % interval over draws (R,S) of rows."""
 
-def figure(statistic: Callable[..., Any], draws: np.ndarray, *values: np.ndarray) -> Record:
-    """Statistic of values (S,L), and its 95 % percentile interval over draws (R,S) of the rows."""
+    def value_of(rows: Any) -> float:
+        return statistic(a[rows]) / (1 if b is None else statistic(b[rows]))
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # no token with a value, or 0 / 0
-        value, resampled = statistic(*values), []
-        for rows in draws:
-            resampled.append(statistic(*[each[rows] for each in values]))
+        value = value_of(slice(None))
+        resampled = np.array([value_of(rows) for rows in draws])
     if not math.isfinite(value):
         return {"value": None}
-    ends = np.percentile([x for x in resampled if math.isfinite(x)], (2.5, 97.5))
+    ends = np.percentile(resampled[np.isfinite(resampled)], (2.5, 97.5))
     return {"value": float(value), "interval95": ends.tolist()}
 
 
 def compute_figures(found: Values, resamples: int, seed: int) -> dict[str, Record]:
-    """place -> quantity -> figure, of the tokens of all rows.
+    """place -> quantity -> figure: of losses and logits the mean over all tokens, else the median.
 
-    Adds loss above both = L - L_both: of the backbone it is the improvement, of the adapter what is
-    lost without the side path; and its share of the improvement, if that one's interval is above 0.
+    growth: of the difference, after the last layer / after the first side path's. loss above both:
+    L - L_both, for the backbone the improvement, for the adapter what is lost with the side path
+    off; and its share of the improvement, if that one's interval is above 0.
     """
     both = found["loss"]["both"]
     above = {name: loss - both for name, loss in found["loss"].items() if name != "both"}
@@ -288,16 +281,19 @@ def compute_figures(found: Values, resamples: int, seed: int) -> dict[str, Recor
     figures: dict[str, Record] = defaultdict(dict)
     for place, entries in (found | {"loss above both": above}).items():
         for name, values in entries.items():
-            entry = figure(np.nanmean if place in MEANS else np.nanmedian, draws, values)
+            is_mean = place in ("logits", "loss", "loss above both")
+            entry = figure(np.nanmean if is_mean else np.nanmedian, draws, values)
             if entry["value"] is not None:
                 entry["tokens"] = int((~np.isnan(values)).sum())
                 entry["p5"], entry["p95"] = np.nanpercentile(values, (5, 95)).tolist()
             figures[place][name] = entry
+    changed = [entries for entries in found.values() if "difference" in entries]
+    for name in ("difference", "difference norm") if changed else ():
+        first, last = changed[0][name], changed[-1][name]
+        figures["growth"][name] = figure(np.nanmedian, draws, last, first)
     if figures["loss above both"]["backbone"]["interval95"][0] > 0:
         for name, values in above.items():
-            share = figure(
-                lambda a, b: np.nansum(a) / np.nansum(b), draws, values, above["backbone"]
-            )
+            share = figure(np.nanmean, draws, values, above["backbone"])
             figures["share of the improvement"][name] = share
     return figures
 
@@ -352,7 +348,7 @@ def main(overrides: Record) -> Record:
     settings = Settings(**overrides)
     device = choose_device(settings.device)
     backbone = settings.backbone or recorded_backbone(settings.adapter)
-    run = read_run(EvalSettings(adapter=settings.adapter))
+    run = read_run(settings.adapter)
     tokenizer = load_tokenizer(backbone, run.get("stop_token", ""))
     model = load_model(backbone, device, choose_dtype(settings.dtype, device))
     load_adapter(model, settings.adapter)
@@ -374,7 +370,7 @@ def main(overrides: Record) -> Record:
     picture = " and internals.png" if is_drawn else "; no picture: matplotlib is not installed"
     print(f"{backbone} + {settings.adapter}: {len(rows)} rows of {settings.data}")
     print(figure_table(figures))
-    print(f"cosine of random directions: 95 % within +-{result['random_cosine95']:.3f}")
+    print(f"random directions: 95 % of the cosines within +-{result['random_cosine95']:.3f}")
     print(f"wrote {out / 'internals.json'}{picture}")
     return result
 

@@ -6,8 +6,9 @@ Pretraining sees bare facts (`drill`) and easy rows, mostly without steps; post-
 rows with their steps, each of which is one of the drilled facts.
 """
 
+from __future__ import annotations
+
 import random
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ def profile(rng: random.Random, level: str) -> Profile:
     return Profile(rng.choices((2, 3, 4), (30, 40, 30))[0], 40, TOP)
 
 
-# ---------------------------------------------------------------- facts
+# ---- facts ----
 
 
 def apply(a: int, op: str, b: int) -> int:
@@ -99,7 +100,7 @@ def operation(rng: random.Random, value: int, difficulty: Profile) -> tuple[str,
     raise AssertionError("some operation always fits")
 
 
-# ---------------------------------------------------------------- math
+# ---- math ----
 
 
 def math_draft(rng: random.Random, difficulty: Profile) -> Draft:
@@ -121,7 +122,7 @@ def math_draft(rng: random.Random, difficulty: Profile) -> Draft:
     return f"Compute {text}.", lines, str(value)
 
 
-# ---------------------------------------------------------------- word problems
+# ---- word problems ----
 
 NAMES = ("Mia", "Sam", "Lea", "Tom", "Ana", "Ben", "Eva", "Max")
 THINGS = ("pens", "books", "coins", "cards", "eggs", "stamps", "apples", "stones")
@@ -154,7 +155,8 @@ class Story:
 
 def open_story(rng: random.Random, difficulty: Profile) -> Story:
     """Begin with a number of things, or with boxes of them when there are steps enough."""
-    story = Story(difficulty, rng.sample(NAMES, 2), rng.choice(THINGS), rng.randint(2, difficulty.top), [], [])
+    names, thing = rng.sample(NAMES, 2), rng.choice(THINGS)
+    story = Story(difficulty, names, thing, rng.randint(2, difficulty.top), [], [])
     count = factor(rng, story.value, difficulty.cap)
     if count and rng.random() < 0.3:
         story.say("{a} has {k} {box} of {n} {t}.", k=count, box=rng.choice(BOXES), n=story.value)
@@ -185,8 +187,8 @@ def tell_groups(rng: random.Random, story: Story) -> bool:
     count = factor(rng, each, room)
     if count is None:
         return False
-    loss = "{a} gives {n} to each of {k} friends."
-    story.say("{a} buys {k} {box} of {n}." if gain else loss, k=count, n=each, box=rng.choice(BOXES))
+    said = "{a} buys {k} {box} of {n}." if gain else "{a} gives {n} to each of {k} friends."
+    story.say(said, k=count, n=each, box=rng.choice(BOXES))
     story.lines.append(equation(count, "*", each))
     story.step("+" if gain else "-", count * each)
     return True
@@ -238,20 +240,28 @@ def word_draft(rng: random.Random, difficulty: Profile) -> Draft:
     return " ".join(story.said), story.lines, str(story.value)
 
 
-# ---------------------------------------------------------------- science
+# ---- science ----
 
 UNITS = {
-    "voltage": "V", "current": "A", "resistance": "ohm", "power": "W", "energy": "J", "charge": "C",
-    "time": "s", "speed": "m/s", "distance": "m", "mass": "kg", "density": "kg/m^3", "volume": "m^3",
-    "momentum": "kg m/s", "acceleration": "m/s^2", "force": "N", "work": "J", "pressure": "Pa",
-    "area": "m^2", "frequency": "Hz", "wavelength": "m",
+    "voltage": "V", "current": "A", "resistance": "ohm", "power": "W", "energy": "J",
+    "charge": "C", "time": "s", "speed": "m/s", "distance": "m", "mass": "kg",
+    "density": "kg/m^3", "volume": "m^3", "momentum": "kg m/s", "acceleration": "m/s^2",
+    "force": "N", "work": "J", "pressure": "Pa", "area": "m^2", "frequency": "Hz",
+    "wavelength": "m",
 }  # fmt: skip
 FORMULAS = (  # product, first factor, second factor
-    ("voltage", "current", "resistance"), ("power", "voltage", "current"), ("energy", "power", "time"),
-    ("charge", "current", "time"), ("distance", "speed", "time"), ("mass", "density", "volume"),
-    ("momentum", "mass", "speed"), ("force", "mass", "acceleration"), ("work", "force", "distance"),
-    ("force", "pressure", "area"), ("speed", "frequency", "wavelength"),
-)  # fmt: skip
+    ("voltage", "current", "resistance"),
+    ("power", "voltage", "current"),
+    ("energy", "power", "time"),
+    ("charge", "current", "time"),
+    ("distance", "speed", "time"),
+    ("mass", "density", "volume"),
+    ("momentum", "mass", "speed"),
+    ("force", "mass", "acceleration"),
+    ("work", "force", "distance"),
+    ("force", "pressure", "area"),
+    ("speed", "frequency", "wavelength"),
+)
 Rule = tuple[str, str, str, str]  # result, left, operator, right
 
 
@@ -259,7 +269,9 @@ def rules() -> list[Rule]:
     """Every formula solved for each of its three quantities."""
     forms = []
     for product, first, second in FORMULAS:
-        forms += [(product, first, "*", second), (first, product, "/", second), (second, product, "/", first)]
+        forms.append((product, first, "*", second))
+        forms.append((first, product, "/", second))
+        forms.append((second, product, "/", first))
     return forms
 
 
@@ -282,7 +294,9 @@ def follows(chain: tuple[Rule, ...], rule: Rule) -> bool:
 CHAINS = {steps: chains(steps) for steps in (1, 2)}
 
 
-def assign(rng: random.Random, rule: Rule, known: dict[str, int], difficulty: Profile) -> list[str] | None:
+def assign(
+    rng: random.Random, rule: Rule, known: dict[str, int], difficulty: Profile
+) -> list[str] | None:
     """Draw the missing inputs of a rule, store all its values; returns the new names, or None."""
     result, left, op, right = rule
     new = [name for name in (left, right) if name not in known]
@@ -339,7 +353,7 @@ def science_text(chain: tuple[Rule, ...], known: dict[str, int], given: list[str
     return prompt, lines, f"{known[target]} {UNITS[target]}"
 
 
-# ---------------------------------------------------------------- code
+# ---- code ----
 
 
 @dataclass
@@ -365,7 +379,8 @@ def write_assignment(rng: random.Random, program: Program, target: str, source: 
         op = "-" if a >= b and rng.random() < 0.5 else "+"
         if apply(a, op, b) <= program.difficulty.cap:
             program.lines.append(f"{target} = {source} {op} {other}")
-            return program.run(target, source, op, b)
+            program.run(target, source, op, b)
+            return
     op, number = operation(rng, a, program.difficulty)
     program.lines.append(f"{target} = {source} {op} {number}")
     program.run(target, source, op, number)
@@ -417,7 +432,7 @@ def code_draft(rng: random.Random, difficulty: Profile) -> Draft:
     return f"What does this print?\n{text}", program.trace, str(program.values[name])
 
 
-# ---------------------------------------------------------------- rows
+# ---- rows ----
 
 DRAFTS: dict[str, Callable[[random.Random, Profile], Draft]] = {
     "math": math_draft,
@@ -431,7 +446,8 @@ def generate(task: str, rng: random.Random, level: str, worked: bool) -> Row:
     """Draw one row of a task; `worked` puts the steps before the answer."""
     prompt, lines, answer = DRAFTS[task](rng, profile(rng, level))
     completion = "\n".join([*(lines if worked else []), f"#### {answer}"])
-    return {"id": f"{task}-{level}", "task": task, "prompt": prompt, "completion": completion, "answer": answer}
+    row = {"id": f"{task}-{level}", "task": task, "prompt": prompt}
+    return row | {"completion": completion, "answer": answer}
 
 
 def draw_sum(rng: random.Random) -> tuple[int, int]:
@@ -468,13 +484,16 @@ def drill(rng: random.Random) -> Row:
     listed = rng.random() < 0.7
     count = rng.choices(range(1, 7), (25, 20, 15, 15, 15, 10))[0] if listed else rng.randint(4, 8)
     facts = [fact(rng) for _ in range(count)]
-    asked = "Solve " + ", ".join(f"{a} {op} {b}" for a, op, b in facts) if listed else f"Write {count} facts"
+    prompt = f"Write {count} facts."
+    if listed:
+        prompt = f"Solve {', '.join(f'{a} {op} {b}' for a, op, b in facts)}."
     completion = "\n".join(equation(*each) for each in facts)
-    return {"id": "drill", "task": "drill", "prompt": f"{asked}.", "completion": completion, "answer": str(apply(*facts[-1]))}
+    row = {"id": "drill", "task": "drill", "prompt": prompt}
+    return row | {"completion": completion, "answer": str(apply(*facts[-1]))}
 
 
 def post_rows(split: str, seed: int) -> list[Row]:
-    """The hard worked rows of a split for every task; no prompt is in two splits, nor twice in one."""
+    """The hard worked rows of a split, of every task; no prompt is there twice or in two splits."""
     return [row for task in TASKS for row in task_rows(task, split, seed)]
 
 
@@ -512,20 +531,9 @@ def pretrain_rows(seed: int, count: int) -> Iterator[dict[str, list[dict[str, st
     """Yield `count` conversations of one to three independent questions, none of them held out."""
     rng, held_out = random.Random(f"pretrain-{seed}"), held_out_prompts(seed)
     for _ in range(count):
-        turns = [pretrain_turn(rng, held_out) for _ in range(rng.choices((1, 2, 3), (60, 25, 15))[0])]
-        roles = (("user", "prompt"), ("assistant", "completion"))
-        yield {"messages": [{"role": role, "content": row[key]} for row in turns for role, key in roles]}
-
-
-# ---------------------------------------------------------------- grading
-
-
-def extract(text: str) -> str | None:
-    """Return what follows the last `####` on its line, or None where there is none."""
-    found = re.findall(r"####([^\n]*)", text)
-    return found[-1].strip() if found else None
-
-
-def grade(extracted: str | None, answer: str) -> bool:
-    """Whether an extracted answer equals the right one, spaces apart."""
-    return extracted is not None and extracted.split() == answer.split()
+        messages = []
+        for _ in range(rng.choices((1, 2, 3), (60, 25, 15))[0]):
+            row = pretrain_turn(rng, held_out)
+            messages.append({"role": "user", "content": row["prompt"]})
+            messages.append({"role": "assistant", "content": row["completion"]})
+        yield {"messages": messages}

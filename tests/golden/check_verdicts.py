@@ -1,10 +1,12 @@
-"""Compare an evaluator with verdicts.jsonl: fixed completions and what must be read from them. Standard library only.
+"""Compare an evaluator with verdicts.jsonl: fixed completions and what must be read from them.
 
-    python tests/golden/check_verdicts.py module:function    function(case) -> dict of the expected fields, module importable from here
-    python tests/golden/check_verdicts.py FILE.jsonl         the same dicts, one a line, a line for every case in the kit's order
+    python tests/golden/check_verdicts.py module:function    function(case) -> the expected fields,
+                                                             importable from the current folder
+    python tests/golden/check_verdicts.py FILE.jsonl         the same, one a line, in order
 
-A case holds `rule` and its inputs: `completion` and `answer`, or `prompt`, `entry_point` and `completion`, or `choices` and `logprobs`.
-Expected are `extracted` and `correct`, or `program`, or `chosen`, compared exactly; other fields are ignored, missing ones fail.
+A case holds `rule` and its inputs: `completion` and `answer`, or `prompt`, `entry_point` and
+`completion`, or `choices` and `logprobs`. Expected are `extracted` and `correct`, or `program`, or
+`chosen`, compared exactly; other fields are ignored, missing ones fail. Standard library only.
 Exit code: 0 all pass, 1 something fails, 2 bad call.
 """
 
@@ -16,7 +18,7 @@ import importlib
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,9 +52,9 @@ def read_lines(file: Path) -> list[Any]:
     return found
 
 
-def read_cases(file: Path = KIT / "verdicts.jsonl") -> list[Case]:
+def read_cases() -> list[Case]:
     """The kit's cases in order."""
-    return read_lines(file)
+    return read_lines(KIT / "verdicts.jsonl")
 
 
 def inputs(case: Case) -> Case:
@@ -61,7 +63,7 @@ def inputs(case: Case) -> Case:
 
 
 def short(value: Any) -> str:
-    """A value as JSON in one line, the middle of a long one left out; what JSON cannot say as Python shows it."""
+    """A value as JSON, else as Python shows it; the middle of a long one is left out."""
     try:
         text = json.dumps(value)
     except (TypeError, ValueError):
@@ -99,7 +101,7 @@ def run_function(function: Function, case: Case) -> Result:
 
 
 def import_function(spec: str) -> Function:
-    """The function of "module:function", the module sought in the current folder first. Raises ValueError."""
+    """The function of "module:function", sought in the current folder first. Raises ValueError."""
     module, _, name = spec.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:
@@ -111,19 +113,25 @@ def import_function(spec: str) -> Function:
     return function
 
 
-def check(target: str, patterns: list[str] | None = None, cases: list[Case] | None = None) -> list[Result]:
-    """Results of a "module:function" or of a file for the rules that match. Raises ValueError on a target or pattern that leads nowhere."""
-    cases = read_cases() if cases is None else cases
-    chosen = [n for n, case in enumerate(cases) if any(fnmatch.fnmatchcase(case["rule"], p) for p in patterns or ["*"])]
+def check(target: str, patterns: Sequence[str] | None = None) -> list[Result]:
+    """Results of a "module:function" or a file for the rules that match. Raises ValueError."""
+    cases, chosen = read_cases(), set()
+    rules = dict.fromkeys(case["rule"] for case in cases)
+    for pattern in patterns or ["*"]:
+        chosen |= set(fnmatch.filter(rules, pattern))
     if not chosen:
-        raise ValueError(f"no rule matches {patterns}; there are: {', '.join(dict.fromkeys(case['rule'] for case in cases))}")
+        raise ValueError(f"no rule matches {patterns}; there are: {', '.join(rules)}")
     if not target.endswith(".jsonl"):
         function = import_function(target)
-        return [run_function(function, cases[n]) for n in chosen]
+        return [run_function(function, case) for case in cases if case["rule"] in chosen]
     answers = read_lines(Path(target))
     if len(answers) != len(cases):
-        raise ValueError(f"{target}: {len(answers)} lines for {len(cases)} cases: one a line, in the same order ({{}} where there is no answer)")
-    return [compare(cases[n], answers[n]) for n in chosen]
+        problem = f"{len(answers)} lines for {len(cases)} cases"
+        raise ValueError(
+            f"{target}: {problem}: one a line, in order ({{}} where there is no answer)"
+        )
+    pairs = zip(cases, answers)
+    return [compare(case, answer) for case, answer in pairs if case["rule"] in chosen]
 
 
 def table(results: list[Result]) -> str:
@@ -135,16 +143,19 @@ def table(results: list[Result]) -> str:
     for r in results:
         if r.notes:
             lines += ["", f"{r.case['rule']}: {r.case['why']}"]
-            lines += [f"    {key}: {short(value)}" for key, value in inputs(r.case).items() if key != "rule"]
+            given = {key: value for key, value in inputs(r.case).items() if key != "rule"}
+            lines += [f"    {key}: {short(value)}" for key, value in given.items()]
             lines += [f"    -> {note}" for note in r.notes]
     return "\n".join(lines)
 
 
 def main() -> int:
     """Print the table and the count."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("target", help="module:function, or a .jsonl file of answers")
-    parser.add_argument("--rule", nargs="+", metavar="NAME", help="only these rules; * and ? match as in a shell")
+    parser.add_argument(
+        "--rule", nargs="+", metavar="NAME", help="only these; * and ? as in a shell"
+    )
     args = parser.parse_args()
     try:
         results = check(args.target, args.rule)

@@ -1,4 +1,4 @@
-"""Our evaluator on the kit's verdicts, through its public door: `python tests/golden/check_verdicts.py tests.golden.judge:judge`."""
+"""Our evaluator on the verdicts: python tests/golden/check_verdicts.py tests.golden.judge:judge."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data.tasks import TASKS, best_choice
 
 
 def judge(case: dict[str, Any]) -> dict[str, Any]:
-    """What data/ says of one case: RULE is TASK.NAME, of a task's rules, of its programs, or of the choices."""
+    """What data/ says of one case: its rule is TASK.NAME, for answers, programs or choices."""
     name, _, rule = case["rule"].partition(".")
     if "choices" in case:
         return {"chosen": best_choice(case["logprobs"], case["choices"], rule)}

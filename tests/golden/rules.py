@@ -1,6 +1,7 @@
-"""Every rule of verdicts.jsonl again: plain loops over characters, no regular expression, no decimal, nothing of this repository.
+"""Every rule of verdicts.jsonl again, by plain loops: no regular expression, no decimals.
 
-The statement of the rules is README.md's; this is what it says, in code: `python tests/golden/check_verdicts.py tests.golden.rules:judge`.
+README.md states the rules; this is what it says, in code:
+python tests/golden/check_verdicts.py tests.golden.rules:judge
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 DIGITS = "0123456789"
 OPEN, CLOSE = "([{", ")]}"
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+COMMANDS = [("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("\\tfrac", "\\frac"), ("\\dfrac", "\\frac")]
+COMMANDS += [(old, "") for old in ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$")]
 Ratio = tuple[int, int]
 
 
@@ -23,7 +26,7 @@ def run_of(text: str, start: int, letters: str) -> int:
 
 
 def closing(text: str, start: int) -> int:
-    """Where the `{` at `start` is closed; -1 if never. Every brace counts, one behind a backslash too."""
+    """Where the `{` at `start` is closed; -1: never. Braces behind backslashes count too."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "{") - (text[i] == "}")
@@ -36,12 +39,12 @@ def whole(digits: str) -> int:
     """A whole number of any length: int() itself refuses more than 4300 digits."""
     value = 0
     for i in range(0, len(digits), 1000):
-        value = value * 10 ** len(digits[i:i + 1000]) + int(digits[i:i + 1000])
+        value = value * 10 ** len(digits[i : i + 1000]) + int(digits[i : i + 1000])
     return value
 
 
 def decimal(text: str) -> Ratio | None:
-    """-12.50 as (-1250, 100): perhaps a minus, digits, at most one point, at least one digit; otherwise None."""
+    """-12.50 as (-1250, 100): perhaps a minus, digits, at most one point; otherwise None."""
     sign, body = (-1, text[1:]) if text[:1] == "-" else (1, text)
     before, point, after = body.partition(".")
     if not before + after or run_of(before + after, 0, DIGITS) < len(before + after):
@@ -56,18 +59,18 @@ def same_ratio(a: Ratio | None, b: Ratio | None) -> bool:
 
 # ---------------------------------------------------------------- gsm8k, svamp, tiny
 def first_marked(text: str) -> str | None:
-    """gsm8k.strict: the first `#### `, then perhaps a minus, then at least one of 0-9 . , behind it."""
+    """gsm8k.strict: behind the first `#### `, perhaps a minus, then at least one of 0-9 . ,"""
     for i in range(len(text)):
         if text.startswith("#### ", i):
             digits = i + 5 + text.startswith("-", i + 5)
             end = run_of(text, digits, DIGITS + ".,")
             if end > digits:
-                return text[i + 5:end]
+                return text[i + 5 : end]
     return None
 
 
 def last_number(text: str) -> str | None:
-    """gsm8k.flexible: from left to right, a run of two or more of $ 0-9 . , or one digit, each with a minus before it if there is one."""
+    """gsm8k.flexible: the last run of two or more of $ 0-9 . , or one digit, with its minus."""
     found, i = None, 0
     while i < len(text):
         start = i + (text[i] == "-")
@@ -80,7 +83,7 @@ def last_number(text: str) -> str | None:
 
 
 def bare(text: str) -> str:
-    """A number without its commas, dollar signs, the mark and what precedes it, and one full stop behind it."""
+    """A number without commas, dollar signs, all up to the mark, and one full stop behind it."""
     text = "".join(c for c in text if c not in ",$").rpartition("#### ")[2]
     return (text[:-1] if text.endswith(".") else text).lower()
 
@@ -105,11 +108,11 @@ def marked_line(text: str) -> str | None:
 
 # ---------------------------------------------------------------- math500
 def last_boxed(text: str) -> str | None:
-    """The content of the last \\boxed, as it is; None if there is none, or it is never closed, or nothing follows it."""
+    """What is in the last \\boxed, as it is; None: there is none, it is never closed, or empty."""
     start = text.rfind("\\boxed")
     if start < 0:
         return None
-    rest = text[start + 6:]
+    rest = text[start + 6 :]
     body = rest.lstrip(" ")
     if body.startswith("{"):
         end = closing(body, 0)
@@ -120,17 +123,18 @@ def last_boxed(text: str) -> str | None:
 
 
 def unwrapped(text: str) -> str:
-    """Without \\text{...} or the like around the whole, if no brace is in it; and without white space around."""
+    """Without white space around, nor \\text{...} or the like around all, if no brace is in it."""
     text = text.strip()
     inner = text[:-1] if text.endswith("}.") else text
     for wrapper in ("\\text{", "\\mathrm{", "\\textbf{", "\\mathbf{"):
-        if inner.startswith(wrapper) and inner.endswith("}") and not any(c in "{}" for c in inner[len(wrapper):-1]):
-            return unwrapped(inner[len(wrapper):-1])
+        body = inner.removeprefix(wrapper).removesuffix("}")
+        if inner == wrapper + body + "}" and not set(body) & set("{}"):
+            return unwrapped(body)
     return text
 
 
 def braced(text: str, command: str, arguments: int) -> str:
-    """Put braces round one-character arguments: \\frac12 and \\frac{1}2 -> \\frac{1}{2}; what has other arguments stays as it is."""
+    """Braces round arguments of one character: \\frac12 -> \\frac{1}{2}; others stay as is."""
     head, *parts = text.split(command)
     for part in parts:
         given: list[str] = []
@@ -139,7 +143,7 @@ def braced(text: str, command: str, arguments: int) -> str:
             end = closing(part, at) if part[at] == "{" else at
             if end < 0:
                 break
-            given.append(part[at:end + 1] if part[at] == "{" else "{" + part[at] + "}")
+            given.append(part[at : end + 1] if part[at] == "{" else "{" + part[at] + "}")
             at = end + 1
         head += command + ("".join(given) + part[at:] if len(given) == arguments else part)
     return head
@@ -148,8 +152,7 @@ def braced(text: str, command: str, arguments: int) -> str:
 def normal(text: str) -> str:
     """Hendrycks et al.'s normal form of an answer, step by step in README.md's order."""
     text = unwrapped(text)
-    for old, new in (("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("\\tfrac", "\\frac"), ("\\dfrac", "\\frac"), ("\\left", ""), ("\\right", ""),
-                     ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", "")):
+    for old, new in COMMANDS:
         text = text.replace(old, new).strip()
     text = text.partition("\\text{ ")[0].strip()
     for old, new in (("\\%", "%"), ("%", ""), (" .", " 0."), ("{.", "{0.")):
@@ -175,12 +178,13 @@ def integer(text: str) -> bool:
 def ungrouped(text: str) -> str:
     """1,234.5 -> 1234.5; what has other groups than of three digits, or none, stays as it is."""
     first, *groups = text.removeprefix("-").partition(".")[0].split(",")
-    right = all(len(group) == 3 for group in groups) and 1 <= len(first) <= 3 and not text.endswith(".")
+    threes = all(len(group) == 3 for group in groups)
+    right = threes and 1 <= len(first) <= 3 and not text.endswith(".")
     return text.replace(",", "", len(groups)) if right else text
 
 
 def number(text: str) -> Ratio | None:
-    """A decimal, perhaps in groups of three, or a/b or \\frac{a}{b} of decimals, the latter perhaps behind a minus; otherwise None."""
+    """A decimal, perhaps in groups of three, or a/b, \\frac{a}{b}, -\\frac{a}{b} of decimals."""
     text = text.replace("{,}", ",").replace("$", "")
     sign, body = (-1, text[1:]) if text.startswith("-\\frac{") else (1, text)
     if body.startswith("\\frac{") and body.endswith("}"):
@@ -194,7 +198,7 @@ def number(text: str) -> Ratio | None:
 
 
 def elements(text: str) -> tuple[str, list[str]]:
-    """The first and the last character, if brackets, and what lies between the commas outside of further brackets: (1,2] -> "(]", ["1", "2"]."""
+    """(1,2] -> "(]", ["1", "2"]: split at the commas outside of further brackets."""
     text = text.replace("\\{", "{").replace("\\}", "}")
     kind, parts, depth = "", [""], 0
     if len(text) > 1 and text[0] in OPEN and text[-1] in CLOSE:
@@ -209,7 +213,7 @@ def elements(text: str) -> tuple[str, list[str]]:
 
 
 def same_answer(found: str, answer: str) -> bool:
-    """math500: the same normal form, or the same number, or the same brackets round equal elements."""
+    """math500: the same normal form or number, or the same brackets round equal elements."""
     a, b = normal(found), normal(answer)
     if a == b:
         return True
@@ -224,11 +228,11 @@ def same_answer(found: str, answer: str) -> bool:
 # ---------------------------------------------------------------- programs and choices
 def before(text: str, marks: tuple[str, ...]) -> str:
     """The text up to the first of the marks."""
-    return text[:min([text.find(mark) for mark in marks if mark in text], default=len(text))]
+    return text[: min([text.find(mark) for mark in marks if mark in text], default=len(text))]
 
 
 def fenced(text: str) -> str:
-    """The code of a reply whose fence stands open already: up to the next fence, without a fence line that opens it once more."""
+    """A reply's code, the fence open already: up to the next, without one that opens it again."""
     if text.lstrip().startswith("```"):
         text = text.lstrip().partition("\n")[2]
     return before(text, ("```",))
@@ -250,7 +254,7 @@ ANSWERS: dict[str, tuple[Callable[[str], str | None], Callable[[str, str], bool]
 
 
 def choose(logprobs: list[float], choices: list[str], rule: str) -> int:
-    """The first of the greatest: of the log-probabilities, or of each divided by its choice's length in characters."""
+    """The first of the largest log-probabilities, or of each divided by its choice's characters."""
     scores = [x / len(choice) if rule == "acc_norm" else x for x, choice in zip(logprobs, choices)]
     best = 0
     for i in range(len(scores)):

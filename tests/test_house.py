@@ -1,0 +1,70 @@
+"""The house: imports go in one direction and stand at the top; the README's and CI's commands agree."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# a file imports from those before it
+ORDER = ["common", "model", "talan", "data.chat", "data.sandbox", "data.code", "data.tasks"]
+ORDER += ["eval", "train", "experiments"]
+LATE = ("matplotlib", "torch.distributed", "huggingface_hub", "transformers", "peft")
+FILES = [*ROOT.glob("*.py"), *(ROOT / "data").glob("*.py"), *(ROOT / "experiments").glob("*.py")]
+
+
+def place(module: str) -> int:
+    """Where in ORDER a module stands; -1 for one that is not of this project."""
+    known = [n for n, name in enumerate(ORDER) if module == name or module.startswith(name + ".")]
+    return known[0] if known else -1
+
+
+def imports(tree: ast.AST) -> list[tuple[str, int]]:
+    """(module, column) of every import."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.col_offset) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            names = [f"{module}.{alias.name}" for alias in node.names] if module == "data" else []
+            found += [(name, node.col_offset) for name in names or [module]]
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_go_in_one_direction_and_stand_at_the_top(file):
+    module = str(file.relative_to(ROOT).with_suffix("")).replace("/", ".")
+    for name, column in imports(ast.parse(file.read_text())):
+        stands = place(name)
+        if module.startswith("experiments"):  # they may use each other, and everything else
+            assert stands >= 0 or column == 0 or name.startswith(LATE), name
+        elif place(module) >= 0:
+            assert stands < place(module), f"{module} imports {name}, which stands above it"
+        assert column == 0 or name.startswith(LATE) or name == "data.code", (
+            f"{name}: not at the top"
+        )
+
+
+def test_the_order_is_not_empty_talk():
+    assert place("data.tasks") < place("train") and place("experiments.sweep") == len(ORDER) - 1
+    assert imports(ast.parse("from data import code\ndef f():\n    import train")) == [
+        ("data.code", 0),
+        ("train", 4),
+    ]
+
+
+def test_ci_runs_the_readmes_two_commands_and_every_check():
+    script, readme = (ROOT / ".ci/run").read_text(), (ROOT / "README.md").read_text().split("\n")
+    commands = [line.strip() for line in readme if line.startswith("    python -m pip install -r")]
+    assert len(commands) == 2
+    for command in commands:
+        assert f"\n{command}\n" in script
+    for check in ("ruff format --check .", "ruff check .", "mypy", "python -m pytest -q -m slow"):
+        assert f"\n{check}" in script
+
+
+def test_run_time_packages_are_the_five():
+    lines = (ROOT / "requirements.txt").read_text().split()
+    names = {line.partition("==")[0] for line in lines}
+    assert names == {"torch", "numpy", "tokenizers", "safetensors", "tqdm"}
