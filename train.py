@@ -332,8 +332,10 @@ def build_model(settings: Settings, device: torch.device) -> Transformer:
     model = load_model(settings.backbone, "cpu" if settings.fsdp else device, dtype)
     attach(model, *build_configs(settings), settings.scope, settings.seed)
     model.checkpointing = settings.checkpointing
-    for block in model.model.layers if settings.compile else ():
-        block.compile(dynamic=True)  # all run the first one's code
+    if settings.compile:
+        torch.compiler.reset()  # of another run in this process
+        for block in model.model.layers:
+            block.compile(dynamic=True)  # all run the first one's code
     return model
 
 
@@ -407,6 +409,10 @@ def load_checkpoint(run: Path, model: Any, optimizer: torch.optim.Optimizer) -> 
             p = named[f"parameter.{name}"]
             optimizer.state[p][kind] = tensor.to(p.device)
     return info["step"]
+
+
+class NonFiniteError(ValueError):
+    """A loss or a gradient that is not finite."""
 
 
 class Metrics:
@@ -498,7 +504,7 @@ def train(  # noqa: PLR0915 - the loop is read as one block
     """Train from the newest checkpoint to the last step; False when interrupted.
 
     A step's loss: sum / number of its supervised tokens, over all micro-batches and processes.
-    Raises ValueError before a step that is not finite.
+    Raises NonFiniteError, with the weights as they were, at a step that is not finite.
     """
     rows, dev = data
     ddp_model = distribute(model, model.model.layers, ranks, device, settings.fsdp)
@@ -535,10 +541,8 @@ def train(  # noqa: PLR0915 - the loop is read as one block
             loss, asked, grad_norm = torch.cat((sums, norm[None])).tolist()  # waits, once a step
             loss /= count
             if not math.isfinite(loss + grad_norm):
-                found = f"loss {loss}, gradient norm {grad_norm}"
-                raise ValueError(
-                    f"step {step}: {found}; the last checkpoint is whole; rows {micros}"
-                )
+                found = f"loss {loss}, gradient norm {grad_norm}, rows {micros}"
+                raise NonFiniteError(f"step {step}: {found}; the last checkpoint is whole")
             nn.utils.clip_grads_with_norm_(trainable, settings.clip or math.inf, norm)
             rate = learning_rate(step, steps, settings)
             for group in optimizer.param_groups:
@@ -558,7 +562,7 @@ def train(  # noqa: PLR0915 - the loop is read as one block
                 bar.write(f"step {step}/{steps}  held-out loss {dev_loss:.4f}")
             if ranks.is_main and (last or is_due(step, settings.save_every)):
                 save_checkpoint(run, step, model, optimizer)
-            if stop and step < steps:
+            if stop:
                 return False
     return True
 

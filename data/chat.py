@@ -279,7 +279,7 @@ class RenderedChat:
         """
         text = self.text
         before, *behind = self.replace(turn, {"role": "assistant", "content": MARK}).split(MARK)
-        if len(behind) != 1 or MARK in text or not text.endswith(behind[0]):
+        if len(behind) != 1 or not text.endswith(behind[0]):
             raise ValueError(f"the chat template changes assistant turn {turn}: it is not found")
         begin, end = len(os.path.commonprefix([text, before])), len(text) - len(behind[0])
         if text[:begin].rstrip().endswith("<think>") and "</think>" in text[begin:end]:
@@ -291,7 +291,7 @@ class RenderedChat:
         found = f"found {text[end : end + 20]!r}; --stop-token names one"
         raise ValueError(f"no stop token follows assistant turn {turn}, {found}")
 
-    def prompt_size(self, turn: int, begin: int, ids: Sequence[int], apart: bool) -> int | None:
+    def prompt_size(self, turn: int, begin: int, ids: list[int], apart: bool) -> int | None:
         """How many ids the turn's prompt has, if they begin the row; else None, and a note."""
         before, text = self.messages[:turn], self.text
         try:
@@ -308,7 +308,7 @@ class RenderedChat:
             if apart:
                 raise ValueError("expected a chat template whose generation prompt names the role")
             note = "the chat template has no generation prompt"
-        elif text.startswith(prompt) and list(ids[: len(start)]) == start:
+        elif ids[: len(start)] == start:
             return len(start)
         self.tokenizer.say_once(note, "prompt")
         return None

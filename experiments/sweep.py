@@ -13,7 +13,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import re
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -45,7 +44,7 @@ class Settings(train.Settings):
     control: str = setting("none", "rank: also the adapter alone, with as many parameters")
     vary: tuple[str, ...] = setting((), "variations, as mixer=mlp layers=0+1 'slots=4&width=4'")
     ignore: tuple[str, ...] = setting((), "conditions of the scores that may differ, as commit")
-    records: str = setting("", "file for the records of all items; empty: OUT/records.jsonl.gz")
+    records: str = setting("", "FILE.jsonl.gz for all items; empty: OUT/records.jsonl.gz")
     show: str = setting("", "print what the record files in this folder hold, and stop")
 
 
@@ -102,8 +101,8 @@ def train_run(run: Path, wanted: train.Settings, may_diverge: bool = False) -> N
         return print(f"{run}: finished, reused")
     try:
         train.main(overrides, in_sweep=True)
-    except ValueError as error:
-        if not may_diverge or not re.match(r"step \d+: loss", str(error)):
+    except train.NonFiniteError as error:
+        if not may_diverge:
             raise
         print(f"{run}: {error}")
 

@@ -33,7 +33,8 @@ QWEN3 = QWEN3.replace("set thoughts = '' %}", "set thoughts = m.reasoning_conten
 QWEN3 = QWEN3.replace("{{- '<|im_end|>", CALLS + "{{- '<|im_end|>")
 TIGHT = QWEN3.replace("<think>\\n'", "<think>'").replace("'\\n</think>", "'</think>")
 TIGHT = TIGHT.replace("<think>\\n\\n</think>", "<think></think>")
-STRICT = CHATML.replace(TEXT, f"(m.tool_calls | tojson if m.tool_calls else {TEXT})")
+JSONS = f"{TEXT} | tojson if m.role == 'tool' else {TEXT}"
+STRICT = CHATML.replace(TEXT, f"(m.tool_calls | tojson if m.tool_calls else {JSONS})")
 STRICT = STRICT.replace("%}", "%}{{ 1 / 0 if m.role == 'tool' and not m.tool_call_id else '' }}", 1)
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + "
@@ -63,15 +64,14 @@ KINDS = {  # name -> template, what build takes
     "nfc": (CHATML, {"normalizer": normalizers.NFC()}),
     "rstrip": (CHATML, {"flags": {"rstrip": True}}),
     "strip": (CHATML, {"flags": {"lstrip": True, "rstrip": True}}),
-    "strict": (STRICT, {}),
-    "tight": (TIGHT, {}),
     "named": (CHATML.replace("m['role']", "(m.name or m.role)"), {}),
     "llama3": (LLAMA3, {"specials": HEADER, "bos": HEADER[0]}),
     "plain": ("", {"specials": IM[:1]}),
 }
 KINDS |= {"bare": (BARE, {}), "qwen3": (QWEN3, {}), "thinker": (OPENS, {}), "tagged": (TAGGED, {})}
 KINDS |= {"llama2": (LLAMA2, SP), "vicuna": (VICUNA, SP), "alpaca": (ALPACA, SP), "base": ("", SP)}
-KINDS |= {"merging": (MERGING, SP)}
+KINDS |= {"merging": (MERGING, SP), "strict": (STRICT, {}), "tight": (TIGHT, {})}
+KINDS |= {"thoughtless": (CHATML.replace(TEXT, f"{TEXT}.split('</think>')[-1]"), {})}
 
 
 def build(folder, template, specials=IM, bos="", pieces=False, flags=(), **config):
@@ -130,8 +130,8 @@ def mark(tokenizer, row):
 
 def learnt(tokenizer, row):
     """The supervised stretches of a row, as texts."""
-    groups = itertools.groupby(zip(row.supervised, row.ids), key=lambda pair: pair[0])
-    texts = [tokenizer.decode([i for _, i in group]) for label, group in groups if label]
+    groups = itertools.groupby(range(len(row.ids)), key=row.supervised.__getitem__)
+    texts = [tokenizer.decode(map(row.ids.__getitem__, each)) for label, each in groups if label]
     return [text.replace(END, "⟩") for text in texts]
 
 
@@ -162,6 +162,8 @@ chatml 52: trap 4, a merge with a part of a character: u:hi|a:😀
     ⟨ user ⏎ hi ⟩ ⏎ ⟨ assistant ⏎ð [Ł] [ĺ] [Ģ] [⟩] ⏎
 nfc: a normalizer that joins e and its accent moves no label: u:e\u0301|a:e\u0301yo
     ⟨ user ⏎ Ã © ⟩ ⏎ ⟨ assistant ⏎ [Ã] [©] [yo] [⟩] ⏎
+thoughtless: an empty block that the template drops: u:hi|a:<think>⏎</think>yo
+    ⟨ user ⏎ hi ⟩ ⏎ ⟨ assistant ⏎ [yo] [⟩] ⏎
 tight 59: trap 6, thoughts behind a tag without a newline: u:hi|a:<think>why</think>yo
     ⟨ user ⏎ hi ⟩ ⏎ ⟨ assistant ⏎ [<think>] [why] [</think>] [⏎⏎] [yo] [⟩] ⏎
 rstrip: trap 2, a stop token that takes a newline along is learnt: u:hi|a:yo|u:why|a:
@@ -310,6 +312,7 @@ def test_trap_2_a_turn_without_its_stop_token_is_refused(tmp_path, end, eos):
 
 
 S, U, A = chat("s:so|u:hi|a:yo")
+QUOTED = {"role": "tool", "content": 'a"b', "tool_call_id": "c1"}
 ONE, TRL = {"prompt": "hi", "completion": "yo"}, {"prompt": [U], "completion": [A]}
 LOOK = {"type": "function", "function": {"name": "look", "parameters": {"at": "é"}}}
 CALL = {"id": "c1", "function": {"name": "look", "arguments": {"at": "é"}}}
@@ -335,7 +338,6 @@ def read(folder, tokenizer, *rows, **options):
 
 HONOURED = [  # a row, and what is learnt of it
     ("chatml", m(U, a("so", weight=0), U, A), ["yo⟩"]),
-    ("chatml", m(U, A, U, a("so", weight=0.0)), ["yo⟩"]),
     ("chatml", m(U, a("so", train=False), U, A), ["yo⟩"]),
     ("chatml", m(U, a("so", loss_mask=0, weight=1), U, A), ["yo⟩"]),
     ("bare", m(U, A, U, a("so", loss_mask=False)), ["yo⟩"]),
@@ -349,9 +351,8 @@ HONOURED = [  # a row, and what is learnt of it
     ("qwen3", m(U, a("", tool_calls=[CALL]), tools=[LOOK]), [CALLED]),
     ("qwen3", m(U, a(None, tool_calls=[CALL]), a("3", "tool"), A), [CALLED, "yo⟩"]),
     ("qwen3", m(U, a("so", tool_calls=[CALL, CALL])), ["so" + CALLED[:-1] + CALLED]),
-    ("strict", m(U, a("", tool_calls=[CALL]), a("3", "tool", tool_call_id="c1"), A), [JSON, "yo⟩"]),
+    ("strict", m(U, a("", tool_calls=[CALL]), QUOTED, A), [JSON, "yo⟩"]),
     ("named", m(a("hi", "user", name="Bo"), A), ["yo⟩"]),
-    ("plain", {"prompt": "hi", "completion": " yo"}, [" yo<|endoftext|>"]),
 ]
 MARKS = {"question": "hi <<1>>", "answer": "1 + 1 = <<1+1=2>>2\n#### 2"}
 SAME = [  # a row, and messages with the same ids and labels
@@ -364,6 +365,7 @@ SAME = [  # a row, and messages with the same ids and labels
     (ONE | {"system": "so"}, [S, U, A]),
     (TRL | {"system": "so"}, [S, U, A]),
     ({"question": "hi", "answer": "yo", "system": "so"}, [S, U, A]),
+    (ONE | {"completion": "<<1>>"}, [U, a("<<1>>")]),
     (MARKS, chat("u:hi <<1>>|a:1 + 1 = 2⏎#### 2")),
 ]
 
@@ -408,7 +410,6 @@ REFUSED = [  # a row, what the error says behind file and line
     (m(), FORM),
     (TRL | {"completion": "yo"}, FORM + ".*found 'yo'"),
     (TRL | {"prompt": "hi"}, FORM),
-    (ONE | {"completion": 7}, FORM),
     ({"question": "hi", "answer": ["yo"]}, FORM),
     ({"prompt": "hi", "chosen": "yo", "rejected": "so"}, r"one of .*, found \['chosen', 'prompt'"),
     ({"conversations": [{"from": "gpt", "value": "yo"}]}, r"one of .*, found \['conversations'\]"),
@@ -467,7 +468,8 @@ FILES = {  # what a file holds -> how many rows it has, or what the error says b
 PACKED = {gzip.compress(content): want for content, want in FILES.items()}
 CUT, UNREADABLE = gzip.compress(GOOD * 99), ": expected a readable JSONL file"
 PACKED |= {CUT[:-5]: UNREADABLE, CUT[:20]: UNREADABLE, CUT[:2]: UNREADABLE, GOOD: UNREADABLE}
-FILES = [(".jsonl", *case) for case in FILES.items()] + [(".gz", *case) for case in PACKED.items()]
+FILES = [(".jsonl", *case) for case in FILES.items()]
+FILES += [(".gz", *case) for case in PACKED.items()]
 
 
 @pytest.mark.parametrize("ending, content, want", FILES, ids=range(len(FILES)))
@@ -580,8 +582,6 @@ BROKEN = [
     ("{% if true %}", "does not parse: "),
     ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "does not parse: "),
     ("{{ raise_exception('no roles') }}", "the chat template refuses these messages: no roles"),
-    ("{{ nowhere.at.all }}", "refuses .* undefined"),
-    ("{{ 1 / 0 }}", "refuses .* division"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses .* recursion"),
     ("{{ ''.__class__.__mro__ }}", "refuses .* unsafe"),
     ("{{ messages.append(1) }}", "refuses .* unsafe"),
