@@ -373,9 +373,11 @@ class Transformer(nn.Module):
             cache.host_lengths += T if lengths is None else lengths.cpu()
         return self.run(tokens, cache, lengths, visible)
 
-    def run(self, tokens: Tensor, cache: Any, lengths: Any, visible: int, more: Any = 0) -> Tensor:
-        """`forward` without a check or a wait; `visible` places of the cache, of which the last
-        `more` may be beyond the longest row."""
+    def run(self, tokens: Tensor, cache: Any, lengths: Any, visible: int, more: int = 0) -> Tensor:
+        """`forward` without a check or a wait for the device.
+
+        visible: places of the cache that queries may see; more > 0: not all of them may be taken.
+        """
         (B, T), device = tokens.shape, tokens.device
         positions, mask = torch.arange(T, device=device)[None], None  # (1,T)
         if lengths is not None:
@@ -535,8 +537,9 @@ def pad_rows(
     return tokens.to(device), lengths
 
 
-def sample_token(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> Tensor:
+def sample_token(logits: Tensor, sampling: tuple[float, float], u: Tensor) -> Tensor:
     """Next ids (B,) of logits (B,V): the likeliest at temperature 0, else top-p's u-quantile."""
+    temperature, top_p = sampling
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.double() - logits.max(-1, keepdim=True).values  # any temperature stays finite
@@ -548,61 +551,94 @@ def sample_token(logits: Tensor, temperature: float, top_p: float, u: Tensor) ->
 
 
 class Decoder:
-    """The device's side of `generate`: rows that get one token more in each step."""
+    """Rows of `generate`: each has a prompt, or is idle, and gets one token more in each step."""
 
-    def __init__(self, model: Transformer, rows: int, capacity: int, sampling: Any) -> None:
-        self.model, self.sampling = model, sampling  # (temperature, top_p)
-        device, dtype = model.head_weight.device, model.head_weight.dtype
-        self.cache = Cache(model.config, rows, capacity, device, dtype)
-        self.last = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # newest token of a row
-        self.live = torch.zeros(rows, dtype=torch.int64, device=device)  # 0: it stands still
-        self.u = torch.zeros(rows, dtype=torch.float64, device=device)  # its next draw
+    def __init__(self, model: Transformer, prompts: Any, new_tokens: int, rows: int, sampling: Any):
+        self.model, self.prompts, self.sampling = model, prompts, sampling  # (temperature, top_p)
+        self.out: list[list[int]] = [[] for _ in prompts]
+        self.draws: dict[int, list[float]] = {}  # uniform numbers of a prompt, where it is sampled
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        self.queue = order if new_tokens else []  # the longest is taken first, from the end
+        self.rows: list[Any] = [None] * min(rows, len(self.queue))  # the prompt of each, None: idle
+        B, device, dtype = len(self.rows), model.head_weight.device, model.head_weight.dtype
+        capacity = max(map(len, prompts), default=0) + new_tokens
+        self.cache = Cache(model.config, B, capacity, device, dtype)
+        self.last = torch.zeros(B, 1, dtype=torch.int64, device=device)  # the newest token of a row
+        self.live = torch.zeros(B, dtype=torch.int64, device=device)  # 0: it stands still
+        self.u = torch.zeros(B, dtype=torch.float64, device=device)  # the draw of its next token
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
-    def prefill(
-        self, rows: Sequence[int], prompts: Sequence[Sequence[int]], u: Tensor
-    ) -> list[int]:
-        """Read a prompt into each of these rows; returns the token after each. u (n,)."""
+    def next_tokens(self, prefill_tokens: int) -> list[tuple[int, int]]:
+        """(row, token) of rows that take a prompt now, if an eighth is idle; else of all rows."""
+        idle = [b for b, i in enumerate(self.rows) if i is None]
+        busy = [b for b, i in enumerate(self.rows) if i is not None]
+        if self.queue and (not busy or 8 * len(idle) >= len(self.rows)):
+            size = max(1, prefill_tokens // len(self.prompts[self.queue[-1]]))
+            idle = idle[: min(size, len(self.queue))]
+            return list(zip(idle, self.prefill(idle)))
+        if 2 * len(busy) <= len(self.rows):  # nothing is left to take
+            self.select_rows(busy)
+            busy = list(range(len(busy)))
+        ids = self.advance(max(self.size(b) for b in busy))
+        return [(b, ids[b]) for b in busy]
+
+    def size(self, row: int) -> int:
+        """Tokens of a row's prompt and answer so far."""
+        return len(self.prompts[self.rows[row]]) + len(self.out[self.rows[row]])
+
+    def next_draws(self, rows: Sequence[int]) -> Tensor:
+        """The uniform number of each row's next token; 0 where none is drawn."""
+        prompts = [self.rows[b] for b in rows]
+        u = [self.draws[i][len(self.out[i])] if i in self.draws else 0.0 for i in prompts]
+        return torch.tensor(u, dtype=torch.float64)
+
+    def prefill(self, rows: Sequence[int]) -> list[int]:
+        """Read the next prompts of the queue into these rows; returns the token after each."""
+        for b in rows:
+            self.rows[b] = self.queue.pop()
         device, dtype = self.last.device, self.cache.keys[0].dtype
-        tokens, lengths = pad_rows(prompts, device)  # (n,T)
+        tokens, lengths = pad_rows([self.prompts[self.rows[b]] for b in rows], device)  # (n,T)
         part = Cache(self.model.config, len(rows), tokens.shape[1], device, dtype)
         hidden = self.model(tokens, part, lengths)[torch.arange(len(rows)), lengths - 1]  # (n,D)
         self.cache.write_rows(rows, part)
-        ids = sample_token(self.model.logits(hidden), *self.sampling, u.to(device))  # (n,)
+        u = self.next_draws(rows).to(device)
+        ids = sample_token(self.model.logits(hidden), self.sampling, u)  # (n,)
         self.last[torch.tensor(rows, device=device), 0] = ids
         return ids.tolist()
 
-    def step(self, visible: int, longest: int) -> None:
-        """last -> the next token of every row, on the device alone."""
-        more = visible - longest
+    def step(self, visible: int, more: int) -> None:
+        """last -> the next token of every row, on the device alone; see Transformer.run."""
         hidden = self.model.run(self.last, self.cache, self.live, visible, more)[:, 0]  # (B,D)
-        self.last[:, 0] = sample_token(self.model.logits(hidden), *self.sampling, self.u)
+        self.last[:, 0] = sample_token(self.model.logits(hidden), self.sampling, self.u)
 
     def advance(self, longest: int) -> list[int]:
         """The next token of every row, the longest having `longest`; the host waits once.
 
         On a GPU the step is a CUDA graph, one for each 256 positions that are visible.
         """
+        live = torch.tensor([i is not None for i in self.rows])
+        self.live.copy_(live, non_blocking=True)
+        self.u.copy_(self.next_draws(range(len(self.rows))), non_blocking=True)
         if not self.last.is_cuda:
-            self.step(longest, longest)
+            self.step(longest, 0)
             return self.last[:, 0].tolist()
         visible = min(-(-longest // 256) * 256, self.cache.keys[0].shape[2])
         if visible in self.graphs:
             self.graphs[visible].replay()
             return self.last[:, 0].tolist()
-        self.step(visible, 0)  # this token; capturing computes nothing
+        self.step(visible, visible)  # this token; capturing computes nothing
         ids = self.last[:, 0].tolist()
         self.graphs[visible] = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graphs[visible]):
-            self.step(visible, 0)
+            self.step(visible, visible)
         return ids
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Drop every other row."""
         index = torch.tensor(rows, device=self.last.device)
+        self.rows, self.graphs = [self.rows[b] for b in rows], {}
         self.cache.select_rows(rows)
         self.last, self.live, self.u = self.last[index], self.live[index], self.u[index]
-        self.graphs = {}
 
 
 @torch.no_grad()
@@ -630,55 +666,23 @@ def generate(
             raise ValueError(f"prompt {i}: expected ids of the vocabulary, found {prompt[:9]}")
     if not (0 <= temperature < math.inf and 0 < top_p <= 1 and batch_rows > 0 <= max_new_tokens):
         raise ValueError("generate: expected temperature >= 0, 0 < top_p <= 1, batch_rows > 0")
-    stop, out, draws = set(eos_ids), [[] for _ in prompts], {}
-    # the longest prompt first: it is the last
-    queue = sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if max_new_tokens else []
-    rows: list[Any] = [None] * min(batch_rows, len(queue))  # the prompt of each row
-    capacity = max(map(len, prompts), default=0) + max_new_tokens
-    decoder = Decoder(model, len(rows), capacity, (temperature, top_p))
-    was_training = model.training
+    stop, was_training = set(eos_ids), model.training
+    decoder = Decoder(model, prompts, max_new_tokens, batch_rows, (temperature, top_p))
+    for i in range(len(prompts)) if temperature else ():
+        g = generator(seed, int(numbers[i]) if numbers else i)
+        u = torch.rand(max_new_tokens, dtype=torch.float64, generator=g)
+        decoder.draws[i] = u.tolist()
     model.eval()
     bar = tqdm(total=len(prompts), desc="generate", unit="prompt", disable=None)
-
-    def append(live: Sequence[int], ids: Sequence[int]) -> None:
-        """Append a token to each of these rows; free those that are finished."""
-        for b, token in zip(live, ids):
-            tokens = out[rows[b]]
-            tokens.append(token)
-            if token in stop or len(tokens) == max_new_tokens or ended and ended(tokens):
-                rows[b] = None
-                bar.update()
-
-    def next_draws(prompts_of: Sequence[Any]) -> Tensor:
-        """The uniform number of each row's next token; 0 for an idle row."""
-        u = [draws[i][len(out[i])] if i in draws else 0.0 for i in prompts_of]
-        return torch.tensor(u, dtype=torch.float64)
-
     try:
-        while queue or any(i is not None for i in rows):
-            free = [b for b, i in enumerate(rows) if i is None]
-            live = [b for b, i in enumerate(rows) if i is not None]
-            if queue and (not live or 8 * len(free) >= len(rows)):
-                size = max(1, prefill_tokens // len(prompts[queue[-1]]))
-                free = free[: min(size, len(queue))]
-                for b in free:
-                    i = rows[b] = queue.pop()
-                    if temperature > 0:
-                        g = generator(seed, int(numbers[i]) if numbers else i)
-                        u = torch.rand(max_new_tokens, dtype=torch.float64, generator=g)
-                        draws[i] = u.tolist()
-                taken = [rows[b] for b in free]
-                ids = decoder.prefill(free, [prompts[i] for i in taken], next_draws(taken))
-                append(free, ids)
-                continue
-            if 2 * len(live) <= len(rows):  # nothing is left to refill with
-                decoder.select_rows(live)
-                rows, live = [rows[b] for b in live], list(range(len(live)))
-            decoder.live.copy_(torch.tensor([i is not None for i in rows]), non_blocking=True)
-            decoder.u.copy_(next_draws(rows), non_blocking=True)
-            ids = decoder.advance(max(len(prompts[rows[b]]) + len(out[rows[b]]) for b in live))
-            append(live, [ids[b] for b in live])
+        while decoder.queue or any(i is not None for i in decoder.rows):
+            for b, token in decoder.next_tokens(prefill_tokens):
+                answer = decoder.out[decoder.rows[b]]
+                answer.append(token)
+                if token in stop or len(answer) == max_new_tokens or ended and ended(answer):
+                    decoder.rows[b] = None
+                    bar.update()
     finally:
         bar.close()
         model.train(was_training)
-    return out
+    return decoder.out

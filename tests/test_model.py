@@ -429,7 +429,7 @@ def test_top_p_equals_a_plain_implementation():
         left = u.item() * total
         while left >= p[nucleus[0]]:
             left -= p[nucleus.pop(0)]
-        assert sample_token(logits, temperature, top_p, u).item() == nucleus[0]
+        assert sample_token(logits, (temperature, top_p), u).item() == nucleus[0]
 
 
 BAD_SETTINGS = [{"temperature": bad} for bad in (-1.0, float("nan"), float("inf"))]
