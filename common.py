@@ -207,6 +207,9 @@ def choose_device(name: str) -> torch.device:
         )
     if int(number) >= torch.cuda.device_count():
         raise ValueError(f"device: {name!r} asked for, {torch.cuda.device_count()} GPUs found")
+    # torch asks cuDNN first for attention (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp),
+    # which plans each new shape for tens of milliseconds (.../native/cudnn/MHA.cpp)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda", int(number))
 
 
@@ -290,16 +293,17 @@ def open_ranks() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
-def distribute(model: nn.Module, blocks: Any, ranks: Ranks, device: Any, fsdp: bool) -> nn.Module:
+def distribute(
+    model: nn.Module, blocks: Any, whole: set[nn.Parameter], ranks: Ranks, device: Any, fsdp: bool
+) -> nn.Module:
     """What is called in the model's place: itself, or torch's DDP, which averages the gradients.
 
-    fsdp: FSDP2 cuts the frozen weights over the processes; what trains stays whole.
+    fsdp: FSDP2 cuts the weights over the processes, save those that stay whole.
     """
     if fsdp:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        whole = {p for p in model.parameters() if p.requires_grad}
         for tensor in (*whole, *model.buffers()):
             tensor.data = tensor.data.to(device)
         mesh = init_device_mesh(device.type, (ranks.world,))

@@ -146,8 +146,8 @@ def batch_likelihoods(model: Transformer, items: Sequence[Item]) -> list[list[fl
         hidden = torch.cat([hidden, model(targets[:, :-1], cache, sizes - 1)], 1)  # (R,T',D)
     real = (torch.arange(targets.shape[1]) < sizes[:, None]).to(device)  # (R,T')
     parts = log_probs(model, hidden[real], targets[real]).split(sizes.tolist())
-    sums = iter([float(part.double().sum()) for part in parts])
-    return [[next(sums) for _ in replies] for _, replies in items]
+    sums = torch.stack([part.double().sum() for part in parts])  # (R,)
+    return [each.tolist() for each in sums.split(counts.tolist())]
 
 
 def log_probs(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -315,7 +315,8 @@ def score_table(summaries: dict[str, Record]) -> str:
 def compare_table(base: dict[str, Record], adapted: dict[str, Record]) -> str:
     """task, n, base, adapted, difference; the last line is the mean over tasks."""
     rows = [[task, base[task]["n"], base[task]["score"], adapted[task]["score"]] for task in base]
-    rows.append(["mean", "", *(sum(row[i] for row in rows) / len(rows) for i in (2, 3))])
+    _, _, before, after = zip(*rows)
+    rows.append(["mean", "", sum(before) / len(before), sum(after) / len(after)])
     shown = [[task, n, f"{a:.1f}", f"{b:.1f}", f"{b - a:+.1f}"] for task, n, a, b in rows]
     return table(["task", "n", "base", "adapted", "difference"], shown)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -130,6 +131,7 @@ class SidePath(nn.Module):
             self.w_gate = nn.Parameter(torch.zeros(D))
             self.b_gate = nn.Parameter(torch.tensor(-1.0))
 
+    @torch.compiler.disable  # a graph for each number of chunks: after eight, blocks run eagerly
     def forward(self, h: Tensor, state: Any = None, lengths: Tensor | None = None) -> Any:
         """h (B,T,D), state, lengths (B,) of the real tokens (None: all T) -> (h', state).
 
@@ -437,8 +439,8 @@ TALAN_FILES = ("talan_config.json", "talan.safetensors")
 PEFT_HARMLESS = set(
     "peft_type r lora_alpha lora_dropout use_dora use_rslora init_lora_weights target_modules bias"
     " base_model_name_or_path revision task_type inference_mode auto_mapping peft_version"
-    " exclude_modules layers_to_transform layers_pattern rank_pattern runtime_config loftq_config"
-    " megatron_core qalora_group_size ensure_weight_tying enable_lora".split()
+    " exclude_modules layers_to_transform layers_pattern rank_pattern alpha_pattern loftq_config"
+    " runtime_config megatron_core qalora_group_size ensure_weight_tying enable_lora".split()
 )
 
 
@@ -544,12 +546,26 @@ def read_peft_config(file: Path, names: list[str]) -> AdapterConfig:
     if wrong or not isinstance(raw.get("r"), int) or not raw.get("lora_alpha"):
         found = {name: raw[name] for name in wrong}
         raise ValueError(f"{file}: expected r, lora_alpha and nothing like {found}")
-    targets = {name.split(".")[-3] for name in names if name.endswith(".lora_A.weight")}
-    kind, alpha = "rslora" if raw.get("use_rslora") else "lora", raw["lora_alpha"]
+    maps = [name.removesuffix(".lora_A.weight") for name in names if ".lora_A." in name]
+    targets = tuple({name.split(".")[-1] for name in maps})
+    rank = pattern_value(file, raw, "rank_pattern", raw["r"], maps)
+    alpha = pattern_value(file, raw, "alpha_pattern", raw["lora_alpha"], maps)
+    kind = "rslora" if raw.get("use_rslora") else "lora"
     if raw.get("use_dora"):
-        alpha *= math.sqrt(raw["r"]) if kind == "rslora" else 1  # the same scale
+        alpha *= math.sqrt(rank) if kind == "rslora" else 1  # the same scale
         kind = "dora"
-    return AdapterConfig(kind, raw["r"], alpha, raw.get("lora_dropout", 0.0), tuple(targets))
+    return AdapterConfig(kind, rank, alpha, raw.get("lora_dropout", 0.0), targets)
+
+
+def pattern_value(file: Path, raw: Record, field: str, default: Any, maps: list[str]) -> Any:
+    """What PEFT's {pattern: value} gives to every adapted map. Raises ValueError on two values."""
+    patterns, found = raw.get(field) or {}, {}
+    for name in maps:
+        fits = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
+        found[next(fits, default)] = name
+    if len(found) > 1:
+        raise ValueError(f"{file}: {field}: expected one value for all maps, found {found}")
+    return next(iter(found), default)
 
 
 def read_talan_config(file: Path, hidden_size: int) -> TalanConfig:

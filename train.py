@@ -111,8 +111,9 @@ class Settings:
         names = "dev_rows limit steps micro_tokens min_lr warmup weight_decay clip talan_lr_scale"
         check_numbers(self, **dict.fromkeys(names.split(), 0))
         check_numbers(self, log_every=0, eval_every=0, save_every=0, max_tokens=1, step_tokens=1)
-        if self.epochs <= 0 or self.lr <= 0 or self.min_lr > 1 or self.warmup > 1:
-            raise ValueError("epochs, lr: expected above 0; min-lr, warmup: shares, at most 1")
+        check_numbers(self, epochs=1e-9, lr=1e-12)
+        if self.min_lr > 1 or self.warmup > 1:
+            raise ValueError("min-lr, warmup: expected shares, at most 1")
 
 
 # ---- rows ----
@@ -206,6 +207,11 @@ def pack(rows: Sequence[int], widths: Sequence[int], budget: int) -> list[list[i
             widest = widths[n]
         groups[-1].append(n)
     return groups
+
+
+def padded_size(micros: Step, widths: Sequence[int]) -> int:
+    """Tokens of a step, padding included."""
+    return sum(len(micro) * widths[micro[-1]] for micro in micros)  # sorted: the last is the widest
 
 
 def plan_steps(widths: Sequence[int], settings: Settings, micro: int, done: int) -> Iterator[Step]:
@@ -381,7 +387,12 @@ def save_checkpoint(run: Path, step: int, model: Any, optimizer: torch.optim.Opt
             save_adapter(model, tmp)
         save_file(state, tmp / "train_state.safetensors")
         write_json(tmp / "train_state.json", {"format": 2, "step": step})
-    for old in sorted(run.glob("step-*"))[:-1]:
+    remove_leftovers(run)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Delete all checkpoints but the newest, and what a killed process had half written."""
+    for old in (*sorted(run.glob("step-*"))[:-1], *run.glob(".*.tmp")):
         remove(old)
 
 
@@ -471,7 +482,8 @@ def choose_run(settings: Settings, overrides: Record) -> tuple[Path, Settings]:
         if differ or set(saved) != set(asdict(settings)):
             raise ValueError(f"{run}: resumes by its own settings: {', '.join(differ) or saved}")
         return run, replace(Settings(**saved), resume=True)
-    taken = run.exists() and (not run.is_dir() or any(run.iterdir()))
+    found = run.glob("*") if run.is_dir() else [run] * run.exists()
+    taken = any(not file.name.endswith(".tmp") for file in found)
     if taken and not settings.dry_run and not (settings.overwrite and stored.exists()):
         raise ValueError(f"{run}: exists; --resume resumes a run, --overwrite deletes it")
     return run, settings
@@ -482,9 +494,8 @@ def make_run(run: Path, settings: Settings, record: Record) -> None:
     if settings.overwrite:
         remove(run)
     run.mkdir(parents=True, exist_ok=settings.out != "")
-    for leftover in run.glob(".*.tmp"):
-        remove(leftover)
-    old = read_record(run) if settings.resume else {}
+    remove_leftovers(run)
+    old = read_record(run) if checkpoint_folder(run) != run else {}
     for name, value in record.items() if old else ():
         if name.endswith("sha256") and old.get(name) != value:
             raise ValueError(f"{run}: began with {name} {old.get(name)}, found {value}")
@@ -507,7 +518,8 @@ def train(  # noqa: PLR0915 - the loop is read as one block
     Raises NonFiniteError, with the weights as they were, at a step that is not finite.
     """
     rows, dev = data
-    ddp_model = distribute(model, model.model.layers, ranks, device, settings.fsdp)
+    added = {p for name, p in model.named_parameters() if group_of(name) != "backbone"}
+    ddp_model = distribute(model, model.model.layers, added, ranks, device, settings.fsdp)
     optimizer = build_optimizer(model, settings)
     first = load_checkpoint(run, model, optimizer)
     widths = [padded_width(row) for row in rows]
@@ -530,10 +542,9 @@ def train(  # noqa: PLR0915 - the loop is read as one block
             began, micros = time.perf_counter(), next(plan)
             seed = generator(settings.seed, "dropout", step).initial_seed()
             torch.manual_seed(seed + ranks.rank)  # the global stream serves dropout alone
-            tokens = sum(len(micro) * max(widths[n] for n in micro) for micro in micros)
             count = sum(labels[n] for micro in micros for n in micro)
-            mine = ranks.shard(micros, [])
-            batches = [make_batch([rows[n] for n in micro], device) for micro in mine]
+            mine = [list(map(rows.__getitem__, micro)) for micro in ranks.shard(micros, [])]
+            batches = [make_batch(some_rows, device) for some_rows in mine]
             with cached_dora_norms(model):
                 total = add_gradients(ddp_model, model, batches, count, ranks)
             norm = nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
@@ -550,7 +561,7 @@ def train(  # noqa: PLR0915 - the loop is read as one block
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             values = {"step": step, "loss": loss, "lr": rate, "grad_norm": grad_norm}
-            values |= {"tokens": tokens, "supervised": count}
+            values |= {"tokens": padded_size(micros, widths), "supervised": count}
             values["seconds"] = round(time.perf_counter() - began, 4)
             metrics.write(kind="step", **values)
             stop = bool(asked) or ranks.world == 1 and interrupt.asked
@@ -562,7 +573,7 @@ def train(  # noqa: PLR0915 - the loop is read as one block
                 bar.write(f"step {step}/{steps}  held-out loss {dev_loss:.4f}")
             if ranks.is_main and (last or is_due(step, settings.save_every)):
                 save_checkpoint(run, step, model, optimizer)
-            if stop:
+            if stop and step < steps:
                 return False
     return True
 

@@ -229,12 +229,17 @@ def encode_row(tokenizer: Tokenizer, messages: Any, tools: Any = None, apart: bo
     return Row(ids, supervised)
 
 
+def without_bookkeeping(message: Record) -> Record:
+    """The fields of a message that may say something."""
+    return {key: value for key, value in message.items() if key not in UNREAD}
+
+
 class RenderedChat:
     """A conversation as text, and where its turns are in it. Raises ValueError: tools are lost."""
 
     def __init__(self, tokenizer: Tokenizer, messages: Sequence[Record], tools: Any) -> None:
         self.tokenizer, self.tools = tokenizer, tools
-        self.messages = [{k: v for k, v in m.items() if k not in UNREAD} for m in messages]
+        self.messages = list(map(without_bookkeeping, messages))
         self.text = self.render(self.messages)
         self.letters = BLANKS.sub("", self.text)
         if tools and tokenizer.render(self.messages) == self.text:

@@ -22,7 +22,7 @@ TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embed
 def tiny_checkpoint(tmp_path_factory):
     """make("qwen3" or "llama", shards=False, **config fields) -> folder, written by transformers.
 
-    Every tensor is random and of a size that matters, the norms' weights too: ones hide wiring bugs.
+    Every tensor is random and of a size that matters, in the norms too: ones hide wiring bugs.
     """
     made: dict[str, Path] = {}
 

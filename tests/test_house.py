@@ -1,4 +1,4 @@
-"""The house: imports go in one direction and stand at the top; the README's and CI's commands agree."""
+"""The house: imports go in one direction and stand at the top; README and CI agree."""
 
 import ast
 from pathlib import Path

@@ -284,7 +284,7 @@ def test_what_ends_one_process_ends_all(two):
     """A step that is not finite in one of them; a run folder that exists."""
     folder, seen = two
     for each in seen["nan"]:
-        assert each["ended"].startswith("ValueError: step 3: loss nan, gradient norm ")
+        assert each["ended"].startswith("NonFiniteError: step 3: loss nan, gradient norm ")
     assert names(folder / "nan") == {"step-0000002", "metrics.jsonl", "settings.json"}
     first, second = (each["ended"] for each in seen["refused"])
     assert "refused: exists; --resume" in first and second == "SystemExit: 1"

@@ -166,7 +166,7 @@ def test_trap_1_eight_rows_equal_four_times_two(tiny, monkeypatch, changes):
 
 def test_trap_1_every_step_is_the_mean_over_its_tokens_also_the_short_last_one(tiny, tmp_path):
     """The rate is too small to change a float32: all steps see the model of the start."""
-    changes = {"lr": 1e-30, "micro_tokens": 200, "steps": 0, "eval_every": 0}
+    changes = {"lr": 1e-12, "micro_tokens": 200, "steps": 0, "eval_every": 0}
     run = start(tiny, tmp_path / "run", **changes)
     (rows, dev), model = split_rows(tiny, **changes), load_model(tiny.model)
     plan = train.plan_epoch(list(map(train.padded_width, rows)), SETTINGS, 200, 0)
@@ -593,8 +593,8 @@ def test_a_step_that_is_not_finite_is_refused(tiny, tmp_path, monkeypatch, what)
     monkeypatch.setattr(train, "add_gradients", spoil)
     widths = [train.padded_width(row) for row in split_rows(tiny)[0]]
     plan = train.plan_steps(widths, SETTINGS, 200, 3)
-    with pytest.raises(ValueError, match="^step 4: loss .*, gradient norm .*whole; rows") as error:
+    with pytest.raises(ValueError, match="^step 4: loss .*, gradient norm .*whole") as error:
         start(tiny, run, **changes)
-    assert str(error.value).endswith(f"rows {next(plan)}") and "\n" not in str(error.value)
+    assert f"rows {next(plan)};" in str(error.value) and "\n" not in str(error.value)
     assert contents(run) == calls[3] and names(run) >= {"step-0000002"}
     assert_same(start(tiny, run, resume=True, **changes), done)
