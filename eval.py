@@ -14,7 +14,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import ROOT, Record, atomic, check_numbers, checkpoint_folder, choose_device
-from common import (
-    choose_dtype,
-    file_hash,
-    folder_hash,
-    keep_freed_memory,
-    open_ranks,
-    parse_object,
-    read_json,
-    read_lines,
-)
+from common import ROOT, Record, atomic, check_numbers, choose_device, choose_dtype, file_hash
+from common import folder_hash, keep_freed_memory, open_ranks, parse_object, read_json, read_lines
 from common import read_record, run_header, run_script, setting, write_json
 from data.chat import Tokenizer, load_tokenizer
 from data.code import cut, without_fence
@@ -40,8 +31,9 @@ from data.sandbox import Limits, missing_protections, run_programs
 from data.tasks import LETTERS, OWN, TASKS, Prompt, Task, ask, choose_shots, find_tasks, judge
 from data.tasks import load_items, load_pool
 from model import Cache, Transformer, generate, load_model, pad_rows
-from talan import cached_dora_norms, load_adapter
+from talan import cached_dora_norms, load_adapter, recorded_backbone
 
+TINY = ROOT / "data/tiny/model"
 Z95 = 1.959963984540054  # half of a 95 % interval, in standard errors
 
 
@@ -49,9 +41,7 @@ Z95 = 1.959963984540054  # half of a 95 % interval, in standard errors
 class Settings:
     """Score a backbone, alone or with a saved adapter and side path, on benchmarks."""
 
-    backbone: str = setting(
-        "", "Hugging Face folder or hub id; empty: the adapter's, or a tiny one"
-    )
+    backbone: str = setting("", "Hugging Face folder or hub id; empty: the adapter's, or the tiny")
     adapter: str = setting("", "run folder or PEFT folder; empty: the bare backbone")
     tasks: tuple[str, ...] = setting(("math", "word", "science", "code"), "names, or .jsonl files")
     out: str = setting("", "folder for records and results; empty: ADAPTER/eval, or runs/eval")
@@ -113,7 +103,8 @@ def split_replies(prompt: Prompt, encode: Callable[[str], list[int]]) -> Item:
 def log_likelihoods(model: Transformer, items: Any, batch_tokens: int = 8192) -> list[list[float]]:
     """sum_t log p(reply_t | prefix, reply_<t) in nats, of each reply of each (prefix, replies)."""
     out: list[list[float]] = [[] for _ in items]
-    cost = [len(some) * (len(prefix) + max(map(len, some), default=0)) for prefix, some in items]
+    longest = [len(prefix) + max(map(len, replies), default=0) for prefix, replies in items]
+    cost = [len(replies) * n for (_, replies), n in zip(items, longest)]
     order = sorted((i for i in range(len(items)) if cost[i]), key=lambda i: -cost[i])
     was_training = model.training
     model.eval()
@@ -133,9 +124,8 @@ def batch_likelihoods(model: Transformer, items: Sequence[Item]) -> list[list[fl
     """log_likelihoods of one batch: a prefix runs once, its replies share what it left."""
     device, dtype = model.head_weight.device, model.head_weight.dtype
     tokens, lengths = pad_rows([prefix for prefix, _ in items], device)  # (B,T)
-    targets, sizes = pad_rows(
-        [reply for _, replies in items for reply in replies], device
-    )  # (R,T')
+    flat = [reply for _, replies in items for reply in replies]
+    targets, sizes = pad_rows(flat, device)  # (R,T')
     counts = torch.tensor([len(replies) for _, replies in items])
     owner = torch.arange(len(items)).repeat_interleave(counts)  # (R,)
     cache = Cache(model.config, len(items), tokens.shape[1] + targets.shape[1], device, dtype)
@@ -294,19 +284,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def score_table(summaries: dict[str, Record]) -> str:
     """One line a task, further ones for its other rules, and the mean of the scores."""
-    ks = list(
-        dict.fromkeys(key for s in summaries.values() for key in s if key.startswith("pass@"))
-    )
+    found = [key for s in summaries.values() for key in s if key.startswith("pass@")]
+    ks = list(dict.fromkeys(found))
     rows: list[list[Any]] = []
     for task, summary in summaries.items():
         for i, (rule, r) in enumerate(summary["rules"].items()):
             name = f"  {rule}" if i else task if len(summary["rules"]) == 1 else f"{task} {rule}"
             ends = ["", ""] if i else [summary["unparsed"], summary["truncated"]]
             low, high = r["interval95"]
-            shown = [f"{r[k]:.1f}" if k in r else "" for k in ks]
-            rows.append(
-                [name, r["n"], f"{r['score']:.1f}", f"{low:.1f} to {high:.1f}", *ends, *shown]
-            )
+            shown = [f"{r['score']:.1f}", f"{low:.1f} to {high:.1f}", *ends]
+            rows.append([name, r["n"], *shown, *(f"{r[k]:.1f}" if k in r else "" for k in ks)])
     mean = sum(summary["score"] for summary in summaries.values()) / len(summaries)
     head = ["task", "n", "score %", "95 % interval", "unparsed", "truncated", *ks]
     return table(head, [*rows, ["mean", "", f"{mean:.1f}", *[""] * (len(head) - 3)]])
@@ -332,8 +319,10 @@ def score(settings: Settings) -> dict[str, Record]:
     tasks = find_tasks(settings.tasks)
     check_permission(tasks, settings.allow_code_execution)
     items = {task.name: load_items(task, settings.limit) for task in tasks}
+    pools = {task.name: load_pool(task) for task in tasks if settings.shots}
+    ks = pass_ks(settings, settings.samples)
     ranks, device = open_ranks(), choose_device(settings.device)
-    backbone = settings.backbone or recorded_backbone(settings.adapter)
+    backbone = settings.backbone or recorded_backbone(settings.adapter) or str(TINY)
     keep_freed_memory()
     model = load_model(backbone, device, choose_dtype(settings.dtype, device))
     run = read_run(settings.adapter or settings.backbone)
@@ -345,17 +334,18 @@ def score(settings: Settings) -> dict[str, Record]:
     for task in tasks:
         numbered = list(enumerate(items[task.name]))[ranks.rank :: ranks.world]
         with cached_dora_norms(model):
-            found = ranks.gather(run_task(task, numbered, model, tokenizer, settings))
+            pool = pools.get(task.name, [])
+            found = ranks.gather(run_task(task, numbered, pool, model, tokenizer, settings))
         done = [record for samples in found for record in samples]
-        summaries[task.name] = summarize(done, pass_ks(settings, settings.samples))
+        summaries[task.name] = summarize(done, ks)
         records += done
     if ranks.is_main:
         folder = Path(settings.adapter) / "eval" if settings.adapter else "runs/eval"
         out, seconds = Path(settings.out or folder), time.perf_counter() - began
         speed = round(sum(record["tokens"] for record in records) / seconds)
         results = {**run_header(settings, device), "backbone": backbone, "world": ranks.world}
-        results |= {"run_seed": run.get("seed"), "seconds": round(seconds, 2)}
-        results |= {"conditions": conditions(settings, tasks, model, records), "tasks": summaries}
+        results |= {"run_seed": run.get("seed"), "seconds": round(seconds, 2), "tasks": summaries}
+        results["conditions"] = conditions(results, tasks, model, records)
         with atomic(out / "records.jsonl") as tmp, open(tmp, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         write_json(out / "results.json", results)
@@ -377,13 +367,13 @@ def check_permission(tasks: Sequence[Task], allowed: bool) -> None:
 def run_task(
     task: Task,
     items: Sequence[tuple[int, Record]],
+    pool: Sequence[Record],
     model: Transformer,
     tokenizer: Tokenizer,
     settings: Settings,
 ) -> list[list[Record]]:
     """Likelihoods, answers, verdicts of (number, item) pairs: of each a record a sample."""
     begin = tokenizer.begin if settings.format == "plain" else []  # a template writes its own BOS
-    pool = load_pool(task) if settings.shots else []
 
     def encode(text: str) -> list[int]:
         return [*begin, *tokenizer.encode(text)]
@@ -398,12 +388,8 @@ def run_task(
     likelihoods = log_likelihoods(model, parts, settings.batch_tokens)
     records = []
     for (_, item), prompt, (_, replies), sums in zip(items, prompts, parts, likelihoods):
-        record: Record = {
-            "task": task.name,
-            "id": item["id"],
-            "sample": 0,
-            "format": settings.format,
-        }
+        record: Record = {"task": task.name, "id": item["id"], "sample": 0}
+        record["format"] = settings.format
         record |= {"prompt": prompt.text, "answer": item["answer"], "tokens": 0, "truncated": False}
         right = LETTERS.index(item["answer"]) if task.kind == "choice" else 0
         record["reference_logprob"] = sums[right] if sums else None
@@ -433,15 +419,6 @@ def pass_ks(settings: Settings, samples: int) -> list[int]:
     return ks
 
 
-def recorded_backbone(adapter: str) -> str:
-    """The backbone that an adapter's folder names, or the embedded one."""
-    for name in ("adapter_config.json", "talan_config.json"):
-        file = checkpoint_folder(adapter) / name
-        if adapter and file.exists() and (base := read_json(file).get("base_model_name_or_path")):
-            return str(base)
-    return str(ROOT / "data/tiny/model")
-
-
 def read_run(folder: str) -> Record:
     """The settings of the run of train.py in a folder; {} where there is none."""
     file = Path(folder or ".") / "settings.json"
@@ -449,16 +426,15 @@ def read_run(folder: str) -> Record:
 
 
 def conditions(
-    settings: Settings, tasks: Sequence[Task], model: Transformer, records: Sequence[Record]
+    results: Record, tasks: Sequence[Task], model: Transformer, records: Sequence[Record]
 ) -> Record:
     """What must be equal where scores are compared: settings, code, backbone, items, prompts."""
-    own = ("backbone", "adapter", "out", "rescore", "workers", "device", "dtype", "tasks")
-    found = {k: v for k, v in asdict(settings).items() if k not in own}
-    header = run_header(settings, model.head_weight.device)
-    found |= {"torch": header["torch"], "commit": header["commit"]}
+    free = ("backbone", "adapter", "out", "rescore", "workers", "device", "dtype", "tasks")
+    found = {k: v for k, v in results["settings"].items() if k not in free}
+    found |= {"torch": results["torch"], "commit": results["commit"]}
     found["device"] = model.head_weight.device.type
     found["dtype"] = str(model.head_weight.dtype).removeprefix("torch.")
-    begun = read_record(Path(settings.backbone)).get("backbone_sha256")  # of a run of scope full
+    begun = read_record(Path(results["backbone"])).get("backbone_sha256")  # of a run of scope full
     found["backbone"] = begun or folder_hash(Path(model.folder or ""))
     for task in tasks:
         prompts = "\0".join(record["prompt"] for record in records if record["task"] == task.name)
@@ -472,7 +448,7 @@ def rescore(settings: Settings) -> dict[str, Record]:
     by_task: dict[str, list[Record]] = {}
     for where, line in read_lines(settings.rescore):
         record = parse_object(line, where)
-        if not {"task", "id", "answer", "verdicts"} <= set(record):
+        if not {"task", "id", "answer", "truncated", "verdicts"} <= set(record):
             raise ValueError(f"{where}: expected a record of eval.py, found {list(record)}")
         by_task.setdefault(record["task"], []).append(record)
     if not by_task:
@@ -485,9 +461,8 @@ def rescore(settings: Settings) -> dict[str, Record]:
         samples = min(Counter(record["id"] for record in old).values())
         summaries[name] = summarize(new, pass_ks(settings, samples))
     count = sum(map(len, by_task.values()))
-    print(
-        f"{settings.rescore}: {count} records, {changed} verdicts changed\n{score_table(summaries)}"
-    )
+    print(f"{settings.rescore}: {count} records, {changed} verdicts changed")
+    print(score_table(summaries))
     return summaries
 
 

@@ -33,18 +33,18 @@ from common import Record, atomic, checkpoint_folder, generator, read_json, writ
 
 MODEL_TYPES = ("qwen3", "llama")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# Fields of config.json that change the computation, with the values that are computed here; beside
-# them null, false, 0 and what is empty.
-COMPUTED: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish"), "pretraining_tp": (1,)}
-COMPUTED |= {"layer_types": ({"full_attention"},), "partial_rotary_factor": (1,)}
-COMPUTED |= dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window"), ())
-COMPUTED |= dict.fromkeys(("attention_dropout", "quantization_config", "rope_interleaved"), ())
+# Fields of config.json that change the computation -> the values accepted, beside null, false, 0
+# and what is empty.
+ALLOWED: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish"), "pretraining_tp": (1,)}
+ALLOWED |= {"layer_types": ({"full_attention"},), "partial_rotary_factor": (1,)}
+ALLOWED |= dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window"), ())
+ALLOWED |= dict.fromkeys(("attention_dropout", "quantization_config", "rope_interleaved"), ())
 # Fields that leave the computation alone. One that is not known is named in a warning.
 HARMLESS = (
     "architectures max_position_embeddings sliding_window max_window_layers dtype torch_dtype"
     " initializer_range use_cache bos_token_id eos_token_id pad_token_id auto_map _name_or_path"
-    " transformers_version return_dict id2label label2id tokenizer_class rope_parameters"
-    " is_llama_config transformers.js_config"
+    " transformers_version return_dict id2label label2id tokenizer_class is_llama_config"
+    " transformers.js_config"
 )
 
 
@@ -87,17 +87,17 @@ class ModelConfig:
         kind, names = raw.get("model_type"), [field.name for field in dataclasses.fields(cls)]
         if kind not in MODEL_TYPES:
             raise ValueError(f"{source}: model_type: expected one of {MODEL_TYPES}, not {kind!r}")
-        for name in set(raw) & set(COMPUTED):
+        for name in set(raw) & set(ALLOWED):
             value = set(raw[name]) if isinstance(raw[name], list) else raw[name]
-            if value and value not in COMPUTED[name]:
+            if value and value not in ALLOWED[name]:
                 raise ValueError(f"{source}: {name}: not computed here, found {raw[name]!r}")
-        known = {*names, *COMPUTED, *HARMLESS.split()}
+        known = {*names, *ALLOWED, *HARMLESS.split(), "rope_parameters"}
         unknown = [name for name in sorted(set(raw) - known) if raw[name]]
         if unknown:
             print(f"warning: {source}: ignored: {', '.join(unknown)}", file=sys.stderr)
         sizes: Record = {name: raw.get(name) for name in names[1:8]}
         sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or sizes["num_attention_heads"]
-        sizes["head_dim"] = sizes["head_dim"] or 128  # Qwen3's default
+        sizes["head_dim"] = sizes["head_dim"] or 128  # Qwen3's default; Llama's follows
         for name, size in sizes.items():
             if type(size) is not int or not 0 < size < 1 << 24:
                 raise ValueError(f"{source}: {name}: expected a whole number, found {size!r}")
@@ -175,12 +175,12 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         D, Dh, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
-        heads, groups = config.num_attention_heads * Dh, config.num_key_value_heads * Dh
+        q_width, kv_width = config.num_attention_heads * Dh, config.num_key_value_heads * Dh
         self.layer, self.head_dim = layer, Dh
-        self.q_proj = nn.Linear(D, heads, bias=False)
-        self.k_proj = nn.Linear(D, groups, bias=False)
-        self.v_proj = nn.Linear(D, groups, bias=False)
-        self.o_proj = nn.Linear(heads, D, bias=False)
+        self.q_proj = nn.Linear(D, q_width, bias=False)
+        self.k_proj = nn.Linear(D, kv_width, bias=False)
+        self.v_proj = nn.Linear(D, kv_width, bias=False)
+        self.o_proj = nn.Linear(q_width, D, bias=False)
         has_norms = config.model_type == "qwen3"
         self.q_norm = RMSNorm(Dh, eps) if has_norms else nn.Identity()
         self.k_norm = RMSNorm(Dh, eps) if has_norms else nn.Identity()
@@ -194,8 +194,8 @@ class Attention(nn.Module):
         q, k = rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin)
         if ctx.cache is not None:
             k, v = ctx.cache.append(self.layer, k, v, ctx)  # (B,K,S,Dh)
-        # A group's heads as queries of one head: only the slow math kernel takes a mask together
-        # with enable_gqa (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)
+        # A mask with enable_gqa takes the slow math kernel (aten/src/ATen/native/transformers/cuda/
+        # sdp_utils.cpp): in decoding, the heads of a group become queries of one head
         grouped = T == 1 and ctx.visible > 0
         if grouped:
             q = q.view(B, k.shape[1], -1, self.head_dim)  # (B,K,G,Dh)
@@ -330,11 +330,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False  # recompute each block in backward
-        self.source, self.fingerprint = (
-            "",
-            "",
-        )  # what load_model was asked for, which backbone it is
+        self.source = ""  # what load_model was asked for
         self.folder: Path | None = None  # where it was found
+        self.fingerprint = ""  # see `fingerprint`
         D, V = config.hidden_size, config.vocab_size
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding.from_pretrained(torch.zeros(V, D), freeze=False)
@@ -358,10 +356,9 @@ class Transformer(nn.Module):
         lengths (B,): real tokens of each row, needed with a cache only; the rest is padding on the
         right. Raises ValueError on a wrong shape or a full cache.
         """
-        if tokens.dim() != 2 or lengths is not None and lengths.shape != tokens.shape[:1]:
-            raise ValueError(
-                f"expected tokens (B,T), lengths (B,), found {tokens.shape}, {lengths}"
-            )
+        if tokens.dim() != 2 or (lengths is not None and lengths.shape != tokens.shape[:1]):
+            found = f"{tokens.shape}, {lengths}"
+            raise ValueError(f"expected tokens (B,T), lengths (B,), found {found}")
         visible = 0
         if cache is not None:
             (B, T), longest = tokens.shape, int(cache.host_lengths.max())
@@ -373,10 +370,12 @@ class Transformer(nn.Module):
             cache.host_lengths += T if lengths is None else lengths.cpu()
         return self.run(tokens, cache, lengths, visible)
 
-    def run(self, tokens: Tensor, cache: Any, lengths: Any, visible: int, more: int = 0) -> Tensor:
+    def run(
+        self, tokens: Tensor, cache: Any, lengths: Any, visible: int, padded: bool = False
+    ) -> Tensor:
         """`forward` without a check or a wait for the device.
 
-        visible: places of the cache that queries may see; more > 0: not all of them may be taken.
+        visible: places of the cache that queries may see; padded: the last may be empty still.
         """
         (B, T), device = tokens.shape, tokens.device
         positions, mask = torch.arange(T, device=device)[None], None  # (1,T)
@@ -385,7 +384,7 @@ class Transformer(nn.Module):
         if cache is not None:
             positions = cache.lengths[:, None] + positions  # (B,T)
             cache.lengths += T if lengths is None else lengths
-        if visible and (B > 1 or T > 1 or more):
+        if visible and (B > 1 or T > 1 or padded):
             mask = torch.arange(visible, device=device) <= positions[:, None, :, None]  # (B,1,T,S)
         self.inverse_frequencies = self.inverse_frequencies.to(device)
         angle = positions[:, None, :, None].float() * self.inverse_frequencies  # (B,1,T,Dh/2)
@@ -446,13 +445,17 @@ def load_model(path: str | Path, device: Any = "cpu", dtype: Any = None) -> Tran
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or found[table][1]
     weights = {name: read_tensor(files[name], name).to(device, dtype) for name in found}
     model.load_state_dict(weights, strict=True, assign=True)
-    model.source, model.folder = str(path), folder
+    model.source = str(Path(path).resolve()) if Path(path).is_dir() else str(path)
+    model.folder = folder
     model.fingerprint = fingerprint(config, folder)
     return model.eval()
 
 
 def fingerprint(config: ModelConfig, folder: Path) -> str:
-    """sha256 of what config.json computes and of tokenizer.json: whose adapter is this?"""
+    """sha256 of config.json's computation and of tokenizer.json: tells backbones apart.
+
+    Fields at their default are left out, so that a new one keeps the old digests.
+    """
     values = dataclasses.asdict(config)
     fields = dataclasses.fields(config)
     computed = {f.name: values[f.name] for f in fields if values[f.name] != f.default}
@@ -555,7 +558,7 @@ class Decoder:
 
     def __init__(self, model: Transformer, prompts: Any, new_tokens: int, rows: int, sampling: Any):
         self.model, self.prompts, self.sampling = model, prompts, sampling  # (temperature, top_p)
-        self.out: list[list[int]] = [[] for _ in prompts]
+        self.out: list[list[int]] = [[] for _ in prompts]  # the answers so far
         self.draws: dict[int, list[float]] = {}  # uniform numbers of a prompt, where it is sampled
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         self.queue = order if new_tokens else []  # the longest is taken first, from the end
@@ -569,14 +572,15 @@ class Decoder:
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def next_tokens(self, prefill_tokens: int) -> list[tuple[int, int]]:
-        """(row, token) of rows that take a prompt now, if an eighth is idle; else of all rows."""
+        """One step -> (row, token): of idle rows that take prompts, when an eighth of all is idle
+        and prompts wait; else of every row that has one."""
         idle = [b for b, i in enumerate(self.rows) if i is None]
         busy = [b for b, i in enumerate(self.rows) if i is not None]
         if self.queue and (not busy or 8 * len(idle) >= len(self.rows)):
             size = max(1, prefill_tokens // len(self.prompts[self.queue[-1]]))
             idle = idle[: min(size, len(self.queue))]
             return list(zip(idle, self.prefill(idle)))
-        if 2 * len(busy) <= len(self.rows):  # nothing is left to take
+        if 2 * len(busy) <= len(self.rows):  # only when no prompts wait
             self.select_rows(busy)
             busy = list(range(len(busy)))
         ids = self.advance(max(self.size(b) for b in busy))
@@ -606,9 +610,9 @@ class Decoder:
         self.last[torch.tensor(rows, device=device), 0] = ids
         return ids.tolist()
 
-    def step(self, visible: int, more: int) -> None:
+    def step(self, visible: int, padded: bool) -> None:
         """last -> the next token of every row, on the device alone; see Transformer.run."""
-        hidden = self.model.run(self.last, self.cache, self.live, visible, more)[:, 0]  # (B,D)
+        hidden = self.model.run(self.last, self.cache, self.live, visible, padded)[:, 0]  # (B,D)
         self.last[:, 0] = sample_token(self.model.logits(hidden), self.sampling, self.u)
 
     def advance(self, longest: int) -> list[int]:
@@ -620,17 +624,17 @@ class Decoder:
         self.live.copy_(live, non_blocking=True)
         self.u.copy_(self.next_draws(range(len(self.rows))), non_blocking=True)
         if not self.last.is_cuda:
-            self.step(longest, 0)
+            self.step(longest, padded=False)
             return self.last[:, 0].tolist()
         visible = min(-(-longest // 256) * 256, self.cache.keys[0].shape[2])
         if visible in self.graphs:
             self.graphs[visible].replay()
             return self.last[:, 0].tolist()
-        self.step(visible, visible)  # this token; capturing computes nothing
+        self.step(visible, padded=True)  # this token; capturing computes nothing
         ids = self.last[:, 0].tolist()
         self.graphs[visible] = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graphs[visible]):
-            self.step(visible, visible)
+            self.step(visible, padded=True)
         return ids
 
     def select_rows(self, rows: Sequence[int]) -> None:
@@ -664,14 +668,17 @@ def generate(
     for i, prompt in enumerate(prompts):
         if not len(prompt) or not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
             raise ValueError(f"prompt {i}: expected ids of the vocabulary, found {prompt[:9]}")
-    if not (0 <= temperature < math.inf and 0 < top_p <= 1 and batch_rows > 0 <= max_new_tokens):
-        raise ValueError("generate: expected temperature >= 0, 0 < top_p <= 1, batch_rows > 0")
+    fits = 0 <= temperature < math.inf and 0 < top_p <= 1
+    if not fits or batch_rows < 1 or max_new_tokens < 0:
+        found = f"{temperature}, {top_p}, {batch_rows}, {max_new_tokens}"
+        raise ValueError(f"temperature, top_p, batch_rows, max_new_tokens: no such values: {found}")
     stop, was_training = set(eos_ids), model.training
     decoder = Decoder(model, prompts, max_new_tokens, batch_rows, (temperature, top_p))
-    for i in range(len(prompts)) if temperature else ():
-        g = generator(seed, int(numbers[i]) if numbers else i)
-        u = torch.rand(max_new_tokens, dtype=torch.float64, generator=g)
-        decoder.draws[i] = u.tolist()
+    if temperature:
+        for i in range(len(prompts)):
+            g = generator(seed, int(numbers[i]) if numbers else i)
+            u = torch.rand(max_new_tokens, dtype=torch.float64, generator=g)
+            decoder.draws[i] = u.tolist()
     model.eval()
     bar = tqdm(total=len(prompts), desc="generate", unit="prompt", disable=None)
     try:
@@ -679,7 +686,7 @@ def generate(
             for b, token in decoder.next_tokens(prefill_tokens):
                 answer = decoder.out[decoder.rows[b]]
                 answer.append(token)
-                if token in stop or len(answer) == max_new_tokens or ended and ended(answer):
+                if token in stop or len(answer) == max_new_tokens or (ended and ended(answer)):
                     decoder.rows[b] = None
                     bar.update()
     finally:

@@ -105,25 +105,25 @@ class SidePath(nn.Module):
                 bounded: delta = d min(1, bound ||h|| / ||d||)
     """
 
-    def __init__(self, hidden_size: int, config: TalanConfig, stream: Any = None) -> None:
-        """stream(name): the generator of a parameter's start, normal(0, 1 / sqrt(fan_in))."""
+    def __init__(self, hidden_size: int, config: TalanConfig, make_generator: Any = None) -> None:
+        """Weights from normal(0, 1 / sqrt(fan_in)), each from make_generator(its name)."""
         super().__init__()
         self.config, D, M, r = config, hidden_size, config.slots, config.width
 
-        def start(name: str, rows: int, columns: int) -> nn.Parameter:
-            drawn = torch.randn(rows, columns, generator=stream and stream(name))
-            return nn.Parameter(drawn / math.sqrt(columns))
+        def init(name: str, rows: int, columns: int) -> nn.Parameter:
+            g = make_generator(name) if make_generator else None
+            return nn.Parameter(torch.randn(rows, columns, generator=g) / math.sqrt(columns))
 
-        self.slots = start("slots", M, r)
-        self.w_key = start("w_key", r, D)
-        self.w_value = start("w_value", r, D)
+        self.slots = init("slots", M, r)
+        self.w_key = init("w_key", r, D)
+        self.w_value = init("w_value", r, D)
         if config.mixer == "attention":
-            self.w_query = start("w_query", r, D)
+            self.w_query = init("w_query", r, D)
         else:
-            self.w_read = start("w_read", M, D)
+            self.w_read = init("w_read", M, D)
         if config.mixer == "mlp":
-            self.slot_mlp_in = start("slot_mlp_in", 2 * M, M)
-            self.channel_mlp_in = start("channel_mlp_in", 2 * r, r)
+            self.slot_mlp_in = init("slot_mlp_in", 2 * M, M)
+            self.channel_mlp_in = init("channel_mlp_in", 2 * r, r)
             self.slot_mlp_out = nn.Parameter(torch.zeros(M, 2 * M))
             self.channel_mlp_out = nn.Parameter(torch.zeros(r, 2 * r))
         self.w_out = nn.Parameter(torch.zeros(D, r))  # so step 0 changes nothing
@@ -131,7 +131,7 @@ class SidePath(nn.Module):
             self.w_gate = nn.Parameter(torch.zeros(D))
             self.b_gate = nn.Parameter(torch.tensor(-1.0))
 
-    @torch.compiler.disable  # a graph for each number of chunks: after eight, blocks run eagerly
+    @torch.compiler.disable  # else each number of chunks is a graph, and after eight it gives up
     def forward(self, h: Tensor, state: Any = None, lengths: Tensor | None = None) -> Any:
         """h (B,T,D), state, lengths (B,) of the real tokens (None: all T) -> (h', state).
 
@@ -141,16 +141,16 @@ class SidePath(nn.Module):
         B, D, (M, r) = len(h), self.w_out.shape[0], self.slots.shape
         num, den = state or (self.slots.new_zeros(B, M, r), self.slots.new_zeros(B, M))
         fits = h.dim() == 3 and h.shape[2] == D and num.shape == (B, M, r) and den.shape == (B, M)
-        if not fits or lengths is not None and lengths.shape != (B,):
+        if not fits or (lengths is not None and lengths.shape != (B,)):
             raise ValueError(f"side path: expected h (B,T,{D}), lengths (B,), found {h.shape}")
-        stream = scale_grad(h, self.config.trunk_grad_scale).float()
-        x = rms(stream)  # (B,T,D)
+        h32 = scale_grad(h, self.config.trunk_grad_scale).float()
+        x = rms(h32)  # (B,T,D)
         w, v = self.compress(x, lengths)
         ys = []
         for chunk in zip(x.split(CHUNK, 1), w.split(CHUNK, 1), v.split(CHUNK, 1)):
             y, num, den = recompute(self.read, *chunk, num, den)
             ys.append(y)
-        delta = self.write(torch.cat(ys, dim=1), x, stream)  # (B,T,D)
+        delta = self.write(torch.cat(ys, dim=1), x, h32)  # (B,T,D)
         return (h.float() + scale_grad(delta, self.config.grad_scale)).to(h.dtype), (num, den)
 
     def compress(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -192,15 +192,16 @@ class SidePath(nn.Module):
         q = rms(x @ self.w_query.T)[..., None]  # (B,C,r,1)
         return ((rms(z) @ q)[..., 0] / math.sqrt(self.config.width)).softmax(-1)
 
-    def write(self, y: Tensor, x: Tensor, stream: Tensor) -> Tensor:
+    def write(self, y: Tensor, x: Tensor, h32: Tensor) -> Tensor:
         """y (B,T,r) -> delta (B,T,D)."""
         d = y @ self.w_out.T  # (B,T,D)
         if self.config.writeback == "gate":
             return torch.sigmoid(x @ self.w_gate + self.b_gate)[..., None] * d
         if self.config.writeback == "bounded":
-            limit = self.config.bound * stream.norm(dim=-1, keepdim=True)
+            limit = self.config.bound * h32.norm(dim=-1, keepdim=True)
             norm = d.norm(dim=-1, keepdim=True)
-            return torch.where(norm > limit, limit / torch.where(norm > limit, norm, 1), 1) * d
+            norm_or_1 = torch.where(norm > limit, norm, 1)  # else backward meets 0 / 0
+            return torch.where(norm > limit, limit / norm_or_1, 1) * d
         return d
 
 
@@ -234,7 +235,7 @@ class AdapterConfig:
 
 
 class LowRank(torch.autograd.Function):
-    """y = W x + s B z, z = A x, with the sums made inside the products and only x and z kept.
+    """y = W x + s B z, z = A x, added up within the products; only x and z are kept.
 
     dz = s B^T dy;  dx = W^T dy + A^T dz;  dA = dz x^T;  dB = s dy z^T;  dW = dy x^T if W learns.
     """
@@ -273,15 +274,15 @@ class AdapterLinear(nn.Module):
 
     weight_squared: Tensor  # ||W||^2 of each row (out,), DoRA alone
 
-    def __init__(self, linear: nn.Linear, config: AdapterConfig, stream: torch.Generator) -> None:
+    def __init__(self, linear: nn.Linear, config: AdapterConfig, g: torch.Generator) -> None:
         super().__init__()
         (rows, cols), device = linear.weight.shape, linear.weight.device
         self.linear, self.scale, self.dropout = linear, config.scale, config.dropout
         self.is_dora = config.kind == "dora"
-        self.keep_norm = False  # see cached_dora_norms
-        self.kept_norm: Tensor | None = None
+        self.caching = False  # see cached_dora_norms
+        self.cached_norm: Tensor | None = None
         # kaiming-uniform with a = sqrt(5), as peft/tuners/lora/layer.py
-        A = (2 * torch.rand(config.rank, cols, generator=stream) - 1) / math.sqrt(cols)
+        A = (2 * torch.rand(config.rank, cols, generator=g) - 1) / math.sqrt(cols)
         self.lora_A = nn.Parameter(A.to(device))
         self.lora_B = nn.Parameter(torch.zeros(rows, config.rank, device=device))
         if self.is_dora:
@@ -293,23 +294,23 @@ class AdapterLinear(nn.Module):
         """x (...,in) -> (...,out)."""
         W, b = self.linear.weight, self.linear.bias
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        # of a gain near 1 its distance from 1 is cast, so that it is rounded no more than y is
-        rest = (self.gain() - 1).to(x.dtype) if self.is_dora else None
+        # g - 1 is cast, not g: bfloat16 is coarse near 1
+        g_minus_1 = (self.gain() - 1).to(x.dtype) if self.is_dora else None
         if self.training and self.dropout:
             dropped = F.dropout(x, self.dropout)
             update = self.scale * F.linear(F.linear(dropped, A), B)
-            if rest is not None:
-                update = update + rest * (F.linear(dropped, W) + update)
+            if g_minus_1 is not None:
+                update = update + g_minus_1 * (F.linear(dropped, W) + update)
             y = F.linear(x, W) + update
         else:
             y = LowRank.apply(x, W, A, B, self.scale)
-            y = y if rest is None else torch.addcmul(y, y, rest)
+            y = y if g_minus_1 is None else torch.addcmul(y, y, g_minus_1)
         return y if b is None else y + b
 
     def gain(self) -> Tensor:
         """g = m / ||W + s B A||_row (out,), the norm outside the graph; 1 where it is zero."""
-        norm = self.row_norm() if self.kept_norm is None else self.kept_norm
-        self.kept_norm = norm if self.keep_norm else None
+        norm = self.row_norm() if self.cached_norm is None else self.cached_norm
+        self.cached_norm = norm if self.caching else None
         return torch.where(norm > 0, self.lora_magnitude_vector / norm.clamp_min(1e-30), 1)
 
     @torch.no_grad()
@@ -317,7 +318,7 @@ class AdapterLinear(nn.Module):
         """||W + s B A||_row (out,): sqrt(||W||^2 + 2 s B.(W A^T) + s^2 (B A A^T).B), float32."""
         A, B, s, W = self.lora_A, self.lora_B, self.scale, self.linear.weight
         squared = row_squares(W) if W.requires_grad else self.weight_squared
-        WA = torch.cat([part.float() @ A.T for part in W.split(1024)])  # (out,r)
+        WA = torch.cat([part.float() @ A.T for part in row_parts(W)])  # (out,r)
         squared = squared + 2 * s * (B * WA).sum(1) + s * s * (B @ (A @ A.T) * B).sum(1)
         return squared.clamp_min(0).sqrt()
 
@@ -329,8 +330,13 @@ class AdapterLinear(nn.Module):
 
 
 def row_squares(weight: Tensor) -> Tensor:
-    """||W||^2 of each row (out,), float32, 1,024 rows at a time."""
-    return torch.cat([part.detach().float().square().sum(1) for part in weight.split(1024)])
+    """||W||^2 of each row (out,), float32."""
+    return torch.cat([part.detach().float().square().sum(1) for part in row_parts(weight)])
+
+
+def row_parts(weight: Tensor) -> tuple[Tensor, ...]:
+    """Rows that are cast to float32 at once: what a CPU's cache holds; on a GPU all."""
+    return weight.split(len(weight) if weight.is_cuda else 1024)
 
 
 @contextlib.contextmanager
@@ -339,11 +345,11 @@ def cached_dora_norms(model: nn.Module) -> Iterator[None]:
     layers = [m for m in model.modules() if isinstance(m, AdapterLinear)]
     try:
         for layer in layers:
-            layer.keep_norm = True
+            layer.caching = True
         yield
     finally:
         for layer in layers:
-            layer.keep_norm, layer.kept_norm = False, None
+            layer.caching, layer.cached_norm = False, None
 
 
 SCOPES = {  # the groups that learn; of the side path, writeback means w_out and the gate alone
@@ -366,33 +372,30 @@ def attach(
     """
     adapter = adapter or AdapterConfig(kind="none")
     layers = talan.resolve(model.config.num_hidden_layers) if talan else ()
-    learn = {"adapter": adapter.kind != "none", "backbone": True}
-    learn["side path"] = bool(layers) and talan.grad_scale > 0
+    can_learn = {"adapter": adapter.kind != "none", "backbone": True}
+    can_learn["side path"] = bool(layers) and talan.grad_scale > 0
     if hasattr(model, "adapter_config"):
         raise ValueError("the model has an adapter or a side path already: load it afresh")
-    if scope not in SCOPES or not any(learn[group] for group in SCOPES[scope]):
-        raise ValueError(
-            f"scope {scope!r}: expected one of {list(SCOPES)}, with a part that learns"
-        )
+    if scope not in SCOPES or not any(can_learn[group] for group in SCOPES[scope]):
+        raise ValueError(f"scope {scope!r}: expected one of {[*SCOPES]}, with a part that learns")
     if scope == "writeback" and not layers:
         raise ValueError("scope writeback: expected a side path")
     D, width = model.config.hidden_size, model.config.intermediate_size
-    if learn["adapter"] and adapter.rank > min(D, width):
-        raise ValueError(f"rank: expected at most that of the maps, found {adapter.rank}")
+    if can_learn["adapter"] and adapter.rank > min(D, width):
+        raise ValueError(f"rank: expected at most {min(D, width)}, found {adapter.rank}")
     for name, parent, key in adapted(model, adapter):
-        stream = generator(seed, name + ".lora_A")
-        setattr(parent, key, AdapterLinear(getattr(parent, key), adapter, stream))
+        g = generator(seed, name + ".lora_A")
+        setattr(parent, key, AdapterLinear(getattr(parent, key), adapter, g))
     for layer in layers:
         block, name = model.model.layers[layer], f"model.layers.{layer}.side_path."
         side_path = SidePath(D, talan, lambda key, name=name: generator(seed, name + key))
         block.side_path, block.side_site = side_path.to(model.head_weight.device), talan.site
     model.adapter_config, model.talan_config = adapter, talan
-    model.train(model.training)
+    model.train(model.training)  # the new modules too
     for name, p in model.named_parameters():
-        group = group_of(name)
-        partly = scope == "writeback" and group == "side path"
-        output = name.endswith(("w_out", "w_gate", "b_gate"))
-        p.requires_grad_(group in SCOPES[scope] and learn[group] and (output or not partly))
+        group, writes = group_of(name), name.endswith(("w_out", "w_gate", "b_gate"))
+        frozen = scope == "writeback" and group == "side path" and not writes
+        p.requires_grad_(group in SCOPES[scope] and can_learn[group] and not frozen)
     return [p for p in model.parameters() if p.requires_grad]
 
 
@@ -462,7 +465,7 @@ def state_by_file(model: Any) -> dict[tuple[str, str], tuple[Record, dict[str, T
 
 
 def peft_name(name: str) -> str:
-    """PEFT's name of an adapter's parameter: .weight behind lora_A and lora_B, not the vector."""
+    """PEFT's name of an adapter's parameter: lora_A and lora_B get .weight, the vector does not."""
     return f"base_model.model.{name}" + ("" if name.endswith("_vector") else ".weight")
 
 
@@ -480,7 +483,8 @@ def save_adapter(model: Any, folder: str | Path) -> None:
 
     Raises ValueError when nothing is attached, or the folder has files that this would leave.
     """
-    folder, states = Path(folder), state_by_file(model)
+    folder = Path(folder)
+    states = state_by_file(model) if hasattr(model, "adapter_config") else {}
     left = {file[1] for file in (ADAPTER_FILES, TALAN_FILES) if file not in states}
     if not states or any((folder / name).exists() for name in left):
         raise ValueError(f"{folder}: nothing to save, or beside another model's {left}")
@@ -501,6 +505,9 @@ def load_adapter(
     finite, settings not computed here, another backbone (by config and tokenizer).
     """
     folder, adapter, talan = checkpoint_folder(folder), None, None
+    own = folder / "model.safetensors"  # of a run of scope full
+    if own.exists() and not (model.folder and own.samefile(model.folder / own.name)):
+        raise ValueError(f"{folder}: was trained together with the backbone in it: load that one")
     found: dict[str, Tensor] = {}
     if (folder / ADAPTER_FILES[1]).exists():
         found |= read_tensors(folder / ADAPTER_FILES[1], model.fingerprint)
@@ -526,6 +533,16 @@ def load_adapter(
     return trainable
 
 
+def recorded_backbone(folder: str | Path) -> str:
+    """The backbone that an adapter's folder names; "" without one."""
+    for file, _ in (ADAPTER_FILES, TALAN_FILES):
+        file_of_run = checkpoint_folder(folder) / file
+        raw = read_json(file_of_run) if folder and file_of_run.exists() else {}
+        if raw.get("base_model_name_or_path"):
+            return str(raw["base_model_name_or_path"])
+    return ""
+
+
 def read_tensors(file: Path, fingerprint: str) -> dict[str, Tensor]:
     """The tensors of an adapter's file by name. Raises ValueError when it has another backbone."""
     names = tensor_info(file)
@@ -540,7 +557,8 @@ def read_peft_config(file: Path, names: list[str]) -> AdapterConfig:
     """PEFT's adapter_config.json; the tensors' names tell the targets. Raises ValueError."""
     raw = read_json(file)
     wrong = [name for name in raw if raw[name] and name not in PEFT_HARMLESS]
-    wrong += ["peft_type"] * (raw.get("peft_type", "LORA") != "LORA")
+    if raw.get("peft_type", "LORA") != "LORA":
+        wrong.append("peft_type")
     if raw.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
         wrong.append("init_lora_weights")  # others, as pissa, change the backbone
     if wrong or not isinstance(raw.get("r"), int) or not raw.get("lora_alpha"):
@@ -574,9 +592,7 @@ def read_talan_config(file: Path, hidden_size: int) -> TalanConfig:
     axes: Record = {f.name: raw.get(f.name) for f in dataclasses.fields(TalanConfig)}
     meant = axes | {"hidden_size": hidden_size, "base_model_name_or_path": None}
     if set(raw) - set(meant) or None in axes.values() or raw.get("hidden_size") != hidden_size:
-        raise ValueError(
-            f"{file}: expected {list(meant)} for hidden size {hidden_size}, found {raw}"
-        )
+        raise ValueError(f"{file}: expected {[*meant]}, hidden size {hidden_size}, found {raw}")
     return TalanConfig(**axes)
 
 
@@ -601,7 +617,7 @@ def merge_adapter(model: Any) -> None:
 class MergeSettings:
     """python talan.py merge: write a backbone with its adapter merged as a Hugging Face folder."""
 
-    backbone: str = setting("", "Hugging Face folder or hub id")
+    backbone: str = setting("", "Hugging Face folder or hub id; empty: the adapter's")
     adapter: str = setting("", "run folder or PEFT folder")
     out: str = setting("", "a new folder to write")
     drop_side_path: bool = setting(False, "write the adapter alone, without its side path")
@@ -612,7 +628,7 @@ def merge_command(overrides: Record) -> None:
     settings = MergeSettings(**overrides)
     if not settings.out or Path(settings.out).exists():
         raise ValueError(f"--out: expected a new folder, found {settings.out!r}")
-    model = load_model(settings.backbone)
+    model = load_model(settings.backbone or recorded_backbone(settings.adapter))
     load_adapter(model, settings.adapter)
     if model.talan_config and not settings.drop_side_path:
         raise ValueError(f"{settings.adapter}: a side path has no merged form; --drop-side-path")

@@ -26,20 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import ROOT, Ranks, Record, atomic, check_numbers, checkpoint_folder
-from common import (
-    choose_device,
-    choose_dtype,
-    distribute,
-    file_hash,
-    folder_hash,
-    fsync,
-    generator,
-    keep_freed_memory,
-    no_sync,
-)
-from common import open_ranks, read_json, read_record, remove, run_header, run_script, setting
-from common import write_json
+from common import ROOT, Ranks, Record, atomic, check_numbers, checkpoint_folder, choose_device
+from common import choose_dtype, distribute, file_hash, folder_hash, fsync, generator
+from common import keep_freed_memory, no_sync, open_ranks, read_json, read_record, remove
+from common import run_header, run_script, setting, write_json
 from data.chat import Row, Tokenizer, encode_row, load_tokenizer, read_rows
 from data.tasks import find_tasks, load_items
 from eval import Settings as EvalSettings
@@ -104,7 +94,7 @@ class Settings:
     save_every: int = setting(50, "steps between checkpoints; 0: at the end")
     dry_run: bool = setting(False, "print settings, parameters, counts and a marked batch; stop")
     deterministic: bool = setting(False, "refuse GPU kernels whose results vary")
-    resume: bool = setting(False, "resume the run in --out, by its own settings")
+    resume: bool = setting(False, "resume the run in --out by its settings; none there: start it")
     overwrite: bool = setting(False, "delete the run in --out first")
 
     def __post_init__(self) -> None:
@@ -183,7 +173,7 @@ def padded_width(row: Row) -> int:
 def plan_epoch(widths: Sequence[int], settings: Settings, micro: int, epoch: int) -> list[Step]:
     """Every row once: shuffled, sorted by width within windows, packed into steps.
 
-    A step's rows do not depend on the micro-batch's tokens: 1 x 8 rows are 4 x 2 rows.
+    A step has the same rows whether it runs as one micro-batch (micro 0) or as several.
     """
     g, step_tokens = generator(settings.seed, "order", epoch), settings.step_tokens
     order = torch.randperm(len(widths), generator=g).tolist()
@@ -215,7 +205,7 @@ def padded_size(micros: Step, widths: Sequence[int]) -> int:
 
 
 def plan_steps(widths: Sequence[int], settings: Settings, micro: int, done: int) -> Iterator[Step]:
-    """The steps of all epochs, without end, behind the `done` first: a function of the seed."""
+    """Steps of epoch after epoch, without end, but the `done` first; the seed alone decides."""
     epoch = 0
     while True:
         steps = plan_epoch(widths, settings, micro, epoch)
@@ -258,8 +248,8 @@ class CrossEntropySum(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         d_hidden = torch.empty_like(hidden) if learn else None
         d_weight = torch.zeros_like(weight) if learn and weight.requires_grad else None
-        logits = 1 << (26 if hidden.is_cuda else 23)  # numbers of a chunk
-        size = max(1, logits // weight.shape[0])
+        numbers = 1 << (26 if hidden.is_cuda else 23)  # of a chunk of logits
+        size = max(1, numbers // weight.shape[0])
         for start in range(0, len(hidden), size):
             h, target = hidden[start : start + size], targets[start : start + size, None]
             log_p = (h @ weight.T).log_softmax(-1, dtype=torch.float32)  # (chunk,V)
@@ -347,13 +337,13 @@ def build_model(settings: Settings, device: torch.device) -> Transformer:
 
 def build_optimizer(model: Transformer, settings: Settings) -> torch.optim.Optimizer:
     """AdamW; the side path is a group of its own, at talan_lr_scale times the rate."""
-    backbone: Record = {"params": [], "lr_scale": 1.0}
+    rest: Record = {"params": [], "lr_scale": 1.0}
     side_path: Record = {"params": [], "lr_scale": settings.talan_lr_scale}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            group = side_path if group_of(name) == "side path" else backbone
+            group = side_path if group_of(name) == "side path" else rest
             group["params"].append(p)
-    groups = [group for group in (backbone, side_path) if group["params"]]
+    groups = [group for group in (rest, side_path) if group["params"]]
     decay = settings.weight_decay
     return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=decay, fused=True)
 
@@ -382,7 +372,7 @@ def save_checkpoint(run: Path, step: int, model: Any, optimizer: torch.optim.Opt
     with atomic(run / f"step-{step:07d}") as tmp:
         if model.head_weight.requires_grad:  # scope full
             save_model(model, tmp, backbone_weights(model))
-            model.source = str(run)  # whose the adapter beside it is
+            model.source = str(run.resolve())  # what the adapter beside it is of
         if model.adapter_config.kind != "none" or model.talan_config:
             save_adapter(model, tmp)
         save_file(state, tmp / "train_state.safetensors")
@@ -427,12 +417,12 @@ class NonFiniteError(ValueError):
 
 
 class Metrics:
-    """metrics.jsonl: an object a line; a resumed run drops what lies behind its checkpoint."""
+    """metrics.jsonl: an object a line; a resumed run drops the lines after its checkpoint."""
 
     def __init__(self, run: Path, step: int, writes: bool) -> None:
         self.file, self.writes = run / "metrics.jsonl", writes
-        kept = []
-        for line in self.file.read_text().splitlines() if step else ():
+        kept, lines = [], self.file.read_text().splitlines() if step else []
+        for line in lines:
             with contextlib.suppress(ValueError):  # a line half written
                 kept += [line + "\n"] if json.loads(line)["step"] <= step else []
         if writes:
@@ -468,22 +458,23 @@ class Interrupt:
 
 def choose_run(settings: Settings, overrides: Record) -> tuple[Path, Settings]:
     """The run folder, and the settings: those stored, when a run is resumed. Raises ValueError."""
+    if settings.resume and not settings.out:
+        raise ValueError("resume: expected the run's folder in --out")
     number = 1
     while not settings.out and Path(f"runs/{number}").exists():
         number += 1
     run = Path(settings.out or f"runs/{number}")
     stored = run / "settings.json"
     if settings.resume and stored.exists():
-        saved: Any = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in read_json(stored).items()
-        }
+        saved: Any = read_json(stored)
+        saved |= {name: tuple(value) for name, value in saved.items() if isinstance(value, list)}
         asked = {k: v for k, v in overrides.items() if k not in ("out", "resume")}
         differ = [f"{k} {saved.get(k)}, not {v}" for k, v in asked.items() if v != saved.get(k)]
         if differ or set(saved) != set(asdict(settings)):
             raise ValueError(f"{run}: resumes by its own settings: {', '.join(differ) or saved}")
-        return run, replace(Settings(**saved), resume=True)
-    found = run.glob("*") if run.is_dir() else [run] * run.exists()
-    taken = any(not file.name.endswith(".tmp") for file in found)
+        return run, replace(Settings(**saved), resume=True, out=str(run))
+    files = [file.name for file in run.glob("*")]
+    taken = run.is_file() or any(not name.endswith(".tmp") for name in files)
     if taken and not settings.dry_run and not (settings.overwrite and stored.exists()):
         raise ValueError(f"{run}: exists; --resume resumes a run, --overwrite deletes it")
     return run, settings
@@ -496,10 +487,11 @@ def make_run(run: Path, settings: Settings, record: Record) -> None:
     run.mkdir(parents=True, exist_ok=settings.out != "")
     remove_leftovers(run)
     old = read_record(run) if checkpoint_folder(run) != run else {}
-    for name, value in record.items() if old else ():
-        if name.endswith("sha256") and old.get(name) != value:
+    differ = {name: value for name, value in record.items() if old and old.get(name) != value}
+    for name, value in differ.items():
+        if name.endswith("sha256"):
             raise ValueError(f"{run}: began with {name} {old.get(name)}, found {value}")
-        if name != "settings" and old.get(name) != value:
+        if name != "settings":
             print(f"warning: {run}: {name} was {old.get(name)}, is {value}", file=sys.stderr)
     if not (run / "settings.json").exists():
         stored = replace(settings, resume=False, overwrite=False)
@@ -530,8 +522,8 @@ def train(  # noqa: PLR0915 - the loop is read as one block
     trainable = [p for p in model.parameters() if p.requires_grad]
     metrics = Metrics(run, first, ranks.is_main)
     if first == 0:
-        count = sum(p.numel() for p in trainable)
-        metrics.write(kind="run", step=0, **record, steps=steps, trainable=count)
+        learning = sum(p.numel() for p in trainable)
+        metrics.write(kind="run", step=0, **record, steps=steps, trainable=learning)
         metrics.write(kind="dev", step=0, loss=mean_loss(model, dev, budget, device, ranks))
     plan = plan_steps(widths, settings, budget, first)
     options: Record = {"desc": "train", "unit": "step", "disable": None if ranks.is_main else True}
@@ -564,7 +556,7 @@ def train(  # noqa: PLR0915 - the loop is read as one block
             values |= {"tokens": padded_size(micros, widths), "supervised": count}
             values["seconds"] = round(time.perf_counter() - began, 4)
             metrics.write(kind="step", **values)
-            stop = bool(asked) or ranks.world == 1 and interrupt.asked
+            stop = bool(asked) or (ranks.world == 1 and interrupt.asked)
             last = step == steps or stop
             show_step(bar, values, last or is_due(step, settings.log_every))
             if step == steps or is_due(step, settings.eval_every):
@@ -584,7 +576,7 @@ def is_due(step: int, every: int) -> bool:
 
 
 def show_step(bar: tqdm, values: Record, line: bool) -> None:
-    """Move the bar on, and print a line of the step's numbers where one is due."""
+    """Move the bar on, and print a line of the step's numbers (tokens: padding included)."""
     speed = f"{values['tokens'] / max(values['seconds'], 1e-4):,.0f} tokens/s"
     bar.update()
     bar.set_postfix_str(f"loss {values['loss']:.4f}, {speed}", refresh=False)
@@ -603,7 +595,7 @@ def dry_run(settings: Settings, model: Any, tokenizer: Tokenizer, rows: list[Row
     learnt = sum(sum(row.supervised) for row in rows)
     share = f"{learnt:,} supervised ({100 * learnt / tokens:.1f} %)"
     print(f"{len(rows):,} rows, {tokens:,} tokens, {share}, {len(epoch):,} steps an epoch")
-    print(f"first micro-batch of {len(epoch[0])}, supervised tokens in [[ ]]:")
+    print(f"first of {len(epoch[0])} micro-batches of a step, supervised tokens in [[ ]]:")
     print("\n---\n".join(show_row(rows[n], tokenizer) for n in epoch[0][0]))
 
 

@@ -28,9 +28,9 @@ from tqdm import tqdm
 from common import ROOT, Record, check_numbers, choose_device, choose_dtype, file_hash
 from common import folder_hash, run_header, run_script, setting, write_json
 from data.chat import Row, load_tokenizer
-from eval import log_probs, read_run, recorded_backbone, table
+from eval import TINY, log_probs, read_run, table
 from model import Transformer, load_model
-from talan import SidePath, adapted, checkpoint_folder, load_adapter, rms
+from talan import SidePath, adapted, checkpoint_folder, load_adapter, recorded_backbone, rms
 from train import Batch, load_rows, make_batch, pack, padded_width
 from train import Settings as TrainSettings
 
@@ -347,7 +347,7 @@ def main(overrides: Record) -> Record:
     """Measure, print the table, write internals.json and internals.png. Raises ValueError."""
     settings = Settings(**overrides)
     device = choose_device(settings.device)
-    backbone = settings.backbone or recorded_backbone(settings.adapter)
+    backbone = settings.backbone or recorded_backbone(settings.adapter) or str(TINY)
     run = read_run(settings.adapter)
     tokenizer = load_tokenizer(backbone, run.get("stop_token", ""))
     model = load_model(backbone, device, choose_dtype(settings.dtype, device))

@@ -39,9 +39,10 @@ from tqdm import tqdm
 
 from common import ROOT, Record, check_numbers, choose_device, choose_dtype, generator, read_json
 from common import keep_freed_memory, read_lines, run_header, run_script, setting, write_json
-from eval import recorded_backbone, table
+from eval import table
 from model import ModelConfig, Transformer, load_model
 from talan import TARGETS, AdapterConfig, TalanConfig, attach, group_of, load_adapter
+from talan import recorded_backbone
 
 DATA = read_json(Path(__file__).with_suffix(".json"))
 SHAPES = {name: dict(zip(DATA["columns"], values)) for name, values in DATA["shapes"].items()}
@@ -67,7 +68,7 @@ class Settings:
     parts: tuple[str, ...] = setting(tuple(PARTS[:6]), f"some of {', '.join(PARTS)}")
     before: str = setting("", "train: compare with this checkout of the project, not with theirs")
     kinds: tuple[str, ...] = setting(KINDS, "adapters, without and with the side path")
-    compile: bool = setting(False, "train: compiled too")
+    compile: bool = setting(False, "train: LoRA on the first backbone compiled, too")
     length: int = setting(256, "tokens of a row in training")
     tokens: int = setting(2048, "tokens of a step, at least one row; of DoRA on a GPU the half")
     batch_rows: int = setting(16, "rows generated at once")
@@ -125,8 +126,9 @@ class Theirs(SimpleNamespace):
             if ".lora_B." in name:
                 nn.init.normal_(p, 0, 0.02)  # left zero, as after a step
         self.model.save_pretrained(self.folder)
-        if self.settings.compile:
-            self.model.compile()  # torch does so within the first step
+        base: Any = self.model.get_base_model()
+        for block in base.model.layers if self.settings.compile else ():
+            block.compile()  # within the first step; the whole model at once takes minutes
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, 1e-4, weight_decay=0.0, fused=True)
 
@@ -268,10 +270,10 @@ def timed(call: Callable[[], Any], settings: Settings) -> tuple[float, Any]:
 
 def measure(side: Any, n: int, variant: str, lengths: list[int], runs: Ids) -> Record:
     """Phase -> seconds of the task with these stops; what the first returned; most bytes: resident
-    in this process so far, on a GPU allocated within. What warms up, and a GPU's training, where
+    in this process so far, on a GPU allocated within. Training that warms up, and a GPU's, where
     each process empties its allocator for the other, is done twice and timed once."""
     on_gpu = side.settings.device == "cuda"
-    twice = n == 0 or on_gpu and not runs[0]
+    twice = not runs[0] and (n == 0 or on_gpu)
     calls = [task(side, n, variant, lengths, stops) for stops in runs * (1 + twice)]
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -356,7 +358,7 @@ def plan(settings: Settings, part: str, kind: str) -> dict[str, Any]:
         part_of = 2 if kind == "dora" and settings.device == "cuda" else 1
         B = max(1, settings.tokens // part_of // T)
         cases = {f"train {kind} {B} x {T}": [[T] * B, [[]]]}
-        variants = variants + (named["compiled"] if settings.compile else [])
+        variants = variants + (named["compiled"] if settings.compile and kind == "lora" else [])
     if part == "profile":
         cases["8, then 24 tokens"] = [[PROMPT], [[8], [24]]]
     if part in ("generate", "side"):  # ragged: lengths, and log-normal numbers of tokens
@@ -494,7 +496,7 @@ def main(overrides: Record) -> None:
     torch.cuda.empty_cache()  # the memory is for the two sides
     print(result["hardware"], settings.dtype, result["peaks"])
     names = {"count": [*SHAPES, *settings.backbones], "memory": DATA["large"]}
-    for part in [part for part in PARTS if part in settings.parts]:
+    for part in filter(settings.parts.__contains__, PARTS):
         if part in names:
             call = count if part == "count" else memory
             found = {name: call(name) for name in names[part]}
@@ -505,10 +507,12 @@ def main(overrides: Record) -> None:
         for name in settings.backbones if part in DATA["variants"] else ():
             if settings.minutes and time.monotonic() - BEGAN > 60 * settings.minutes:
                 raise ValueError(f"out of time: {part} of {name} and what follows are left out")
-            sizes, records = count(name), in_turns(settings, part, name)
+            asked = replace(settings, compile=settings.compile and name == settings.backbones[0])
+            sizes, records = count(name), in_turns(asked, part, name)
             texts = [f"{key}: {x['text']}" for key, x in records.items() if "text" in x]
             texts = texts or [show(settings, records, sizes, result["peaks"])]
-            print(f"\n{name}, {part}", *texts, sep="\n", flush=True)
+            title = f"\n{name}, {part}, {time.monotonic() - BEGAN:.0f} s"
+            print(title, *texts, sep="\n", flush=True)
             result[f"{part} {name}"] = records
             write_json(Path(settings.out) / "speed.json", result)
 

@@ -311,7 +311,10 @@ def test_broken_stale_and_half_written_files(folder, tiny_checkpoint, tmp_path, 
     for kind, side, stale in (("lora", None, "talan.saf"), ("none", SIDE, "adapter_model.saf")):
         refused(stale, save_adapter, build(folder, kind, side), tmp_path)
     rope = {"rope_theta": 5e5, "rope_type": "default"}
-    for other in (tiny_checkpoint("llama", head_dim=16), tiny_checkpoint(rope_parameters=rope)):
+    retold = tiny_checkpoint(pad_token_id=3)  # which leaves the computation alone
+    (retold / "tokenizer.json").write_text("{}")
+    others = retold, tiny_checkpoint("llama", head_dim=16), tiny_checkpoint(rope_parameters=rope)
+    for other in others:
         refused("another config or tokenizer", load_adapter, load_model(other), tmp_path)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(talan, "save_file", lambda _, file, **options: file.write_bytes(b"half") / 0)

@@ -213,6 +213,14 @@ def test_a_run_is_scored_as_train_reported_it_and_judged_again(lab, capsys):
     assert "4 verdicts changed" in capsys.readouterr().out
 
 
+def test_the_stop_token_of_a_run_ends_its_answers(lab, tmp_path):
+    run = shutil.copytree(lab.run, tmp_path / "run")
+    settings = json.loads((run / "settings.json").read_text()) | {"stop_token": "7"}
+    (run / "settings.json").write_text(json.dumps(settings))
+    score(adapter=str(run), tasks=lab.tasks[:1], out=str(tmp_path))
+    assert read(tmp_path / "records.jsonl")[0]["completion"] == "#### "
+
+
 def test_what_must_be_equal_changes_with_what_changes_the_scores(lab, tmp_path):
     def conditions(**values):
         score(backbone=lab.model, tasks=lab.tasks[:1], out=str(tmp_path), **values)
@@ -223,9 +231,10 @@ def test_what_must_be_equal_changes_with_what_changes_the_scores(lab, tmp_path):
     for name, values in {
         "max_new_tokens": {"max_new_tokens": 3},
         "dtype": {"dtype": "bfloat16"},
+        "format,sevens prompts": {"format": "plain"},
     }.items():
         changed = conditions(**values)
-        assert {key for key in plain if plain[key] != changed[key]} == {name}
+        assert {key for key in plain if plain[key] != changed[key]} == set(name.split(","))
 
 
 def test_files_with_choices_are_scored_by_likelihood_and_judged_again(lab, tmp_path, capsys):
@@ -259,6 +268,7 @@ def test_answers_do_not_depend_on_how_many_rows_run_at_once(lab, tmp_path):
         )
     assert found[0] == found[1] and found[0][:8] == found[2]
     assert len({completion for _, _, completion in found[0]}) > 9
+    assert any(r["truncated"] for r in read(tmp_path / "records.jsonl"))
 
 
 def test_plain_text_writes_llamas_bos_and_cuts_at_the_stops(lab, tmp_path):
@@ -356,11 +366,12 @@ def test_references_of_the_embedded_tasks_are_right(capsys):
 
 
 def test_programs_are_scored_by_base_and_plus_tests(tmp_path, monkeypatch):
-    """Two items of a benchmark of code of our own; the second's plus tests fail its solution."""
+    """A benchmark of code of our own; what fails its base tests is not given the plus tests."""
     rows = []
-    for n, plus in enumerate(("assert f(2) == 4", "assert f(2) == 5")):
+    for n, (base, plus) in enumerate(((2, 4), (2, 5), (3, 4))):
         row = {"id": str(n), "prompt": "def f(x):\n", "code": "    return 2 * x\n", "answer": ""}
-        rows.append(row | {"entry_point": "f", "tests": "assert f(1) == 2", "plus_tests": plus})
+        rows.append(row | {"entry_point": "f", "tests": f"assert f(1) == {base}"})
+        rows[-1]["plus_tests"] = f"assert f(2) == {plus}"
     task = find_tasks(["humaneval"])[0]
     monkeypatch.setitem(evaluation.TASKS, "humaneval", task)
     file = write(tmp_path / "test.jsonl", rows)
@@ -369,7 +380,7 @@ def test_programs_are_scored_by_base_and_plus_tests(tmp_path, monkeypatch):
     )
     settings = Settings(tasks=("humaneval",), check_references=True, allow_code_execution=True)
     found = evaluation.check_references(settings)["humaneval"]["rules"]
-    assert (found["base"]["score"], found["plus"]["score"]) == (100, 50)
+    assert [found[name]["score"] for name in ("base", "plus")] == pytest.approx([200 / 3, 100 / 3])
 
 
 def test_the_command_line(lab, tmp_path):

@@ -66,6 +66,15 @@ def test_phases_and_operations(sides):
     assert measure(ours, 0, "ours", [], [[]])["peak"] > 0  # loading
 
 
+def test_decoding_is_what_comes_after_the_first_tokens(monkeypatch):
+    """A second a token and ten for the prompts."""
+    monkeypatch.setattr(speed, "task", lambda side, n, variant, lengths, stops: 10 + stops[0])
+    monkeypatch.setattr(speed, "timed", lambda seconds, settings: (seconds, None))
+    side, runs = speed.Ours(settings=Settings()), [[1], [8], [8 + speed.DECODED]]
+    found = speed.measure(side, 1, "ours", [6], runs)["phases"]
+    assert found == {"prefill ": 11, "decode ": 1.0}
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_counts_by_hand(name):
     """r (in + out) a projection; side path: w_key, w_value, w_out (r D), slots, w_read, gate."""

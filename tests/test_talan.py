@@ -421,3 +421,5 @@ def test_the_report_counts_what_trains(tiny_checkpoint):
     a, b, c, d = (f"{n} {100 * n / backbone:.3f}" for n in counts)
     found = re.findall(r"[\d.]+", talan.report(model).replace(",", ""))
     assert " ".join(found) == f"18 {a} 11 {b} 36 {c} {d} {backbone}"
+    attach(model := load_model(model.folder), LORA)
+    assert [line.split()[1] for line in talan.report(model).split("\n")] == ["adapter", "total"]

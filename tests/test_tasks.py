@@ -92,6 +92,7 @@ def test_every_row_is_loaded_and_its_solution_is_right(tmp_path, monkeypatch):
     assert set(SOURCES) == set(CONVERTERS) == folders - {"test"}  # the embedded ones have none
     sizes = [len(rows) for rows in ROWS["mbpp"].values()]
     assert sizes == [10, 500, 90, 374, 3, 1] and "\r" not in json.dumps(ROWS["mbpp"])
+    assert "in [[3], [-1], [0.1]]:" in ROWS["humaneval"]["test"][0]["plus_tests"]
     for name, splits in ROWS.items():
         (tmp_path / name).mkdir()
         for split, rows in splits.items():
@@ -130,6 +131,7 @@ TYPES = [  # an MBPP task, its arguments from JSON, as they are meant
 ORACLES = [  # entry point, tolerance, arguments, the reference's answer, right answers, wrong ones
     ("f", 0, (1,), "0.1", "0.1 + 1e-8|0.1", "0.1 + 1e-3|'0.1'"),
     ("f", 0, (1,), "2", "2|2.0", "2 + 1e-8|'2'|None"),
+    ("f", 0, (1,), "[1, 0.5]", "[1.0, 0.5]", "[1, 0.5 + 1e-8]"),
     ("f", 1e-4, (1,), "(1.0, [2.0])", "(1.0, [2.00001])", "[1.0, [2.00001]]|(1.0, [2.0, 3])"),
     ("f", 1e-4, (1,), "1e9", "1e9 + 50", "1e9 + 500"),
     ("Diff", 0, (1,), "[1, 2]", "[2, 1, 1]|(1, 2)", "[1]|[1, 2, 3]"),

@@ -27,7 +27,7 @@ import train
 from common import Ranks, file_hash, folder_hash, generator, parse_cli, read_json, run_script
 from data.chat import Row, load_tokenizer
 from model import load_model
-from talan import group_of, load_adapter
+from talan import group_of, load_adapter, recorded_backbone
 
 tiny = runs.tiny
 U = 2.0**-24  # the unit roundoff of float32
@@ -287,6 +287,13 @@ def test_trap_15_what_changes_no_step(tiny, tmp_path, change):
     assert len(losses(one, "dev")) == 2 + 3 * often
 
 
+def test_deterministic_asks_torch_for_it(tiny, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    start(tiny, tmp_path / "run", deterministic=True, steps=1)
+    assert asked == [True]
+
+
 def test_a_pair_with_and_without_side_path_differs_by_it_alone(tiny, tmp_path):
     """Rows, dropout and starts are the same: while w_out is 0 losses are equal, bit for bit."""
     one, two = (start(tiny, tmp_path / str(on), dropout=0.2, talan=on) for on in (True, False))
@@ -413,6 +420,13 @@ def test_overwrite_begins_anew_and_without_out_the_next_number_is_taken(here):
     assert metrics(here / "run")[2:] != before[2:] == metrics(here / "runs/2")[2:]
 
 
+def test_what_is_not_as_it_was_when_the_run_began_is_named(here, capsys):
+    file = here / "run/metrics.jsonl"
+    file.write_text(file.read_text().replace('"world": 1', '"world": 2'))
+    train.main(local("--resume"))
+    assert capsys.readouterr().err.startswith("warning: run: world was 2, is 1\n")
+
+
 def test_a_dry_run_prints_and_writes_nothing(here, capsys):
     before = contents(here)
     train.main(local("--dry-run", "--out", ""))
@@ -461,7 +475,7 @@ def test_the_command_trains_saves_and_scores(tiny, tmp_path):
 
 
 def test_a_checkpoint_holds_the_run_and_loads(tiny, tmp_path):
-    run, model = start(tiny, tmp_path / "run"), load_model(tiny.model)
+    run, model = start(tiny, tmp_path / "run", dropout=0.2), load_model(tiny.model)
     assert names(run) == {"step-0000004", "metrics.jsonl", "settings.json"}  # --tasks none
     load_adapter(model, run)
     learnt = {f"parameter.{name}": p for name, p in model.named_parameters() if p.requires_grad}
@@ -480,6 +494,9 @@ def test_scope_full_saves_a_backbone_that_is_scored(tiny, tmp_path, capsys, chan
     run = start(tiny, tmp_path / "run", **FULL | changes, tasks=("science",), limit=2)
     model = load_model(run)
     if changes:
+        with pytest.raises(ValueError, match="trained together with the backbone"):
+            load_adapter(load_model(tiny.model), run)
+        assert recorded_backbone(run) == str(run)
         load_adapter(model, run)
     state = load_file(run / "step-0000004/train_state.safetensors")
     for name, p in model.named_parameters():
@@ -509,6 +526,8 @@ def stop_and_resume(tiny, run, step, **changes):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         stop_at(patch, step)
         start(tiny, run, **changes)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "st')  # a line half written
     return start(tiny, run, resume=True, **changes)
 
 
