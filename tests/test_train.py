@@ -11,7 +11,7 @@ import re
 import shutil
 import signal
 from dataclasses import fields
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 import train
 from common import Ranks, file_hash, folder_hash, generator, parse_cli, read_json, run_script
 from data.chat import Row, load_tokenizer
-from model import load_model
+from model import Block, load_model
 from talan import group_of, load_adapter, recorded_backbone
 
 tiny = runs.tiny
@@ -507,6 +507,21 @@ def test_scope_full_saves_a_backbone_that_is_scored(tiny, tmp_path, capsys, chan
     assert losses(run, "dev")[1] == pytest.approx(own_loss, rel=3e-5)
     table = capsys.readouterr().out.split("difference\n")[1].splitlines()
     assert table[0].split()[:2] == ["science", "2"] and table[1].startswith("mean")
+
+
+@pytest.mark.parametrize("site", ["block", "attention"])
+def test_blocks_of_any_length_stay_compiled(tiny, monkeypatch, site):
+    """Rows of 1 to 1,000 tokens: few graphs, and the limit at which torch gives up is never met."""
+    compiled = partialmethod(torch.nn.Module.compile, backend="eager")
+    monkeypatch.setattr(Block, "compile", compiled)
+    model = build(tiny, compile=True, site=site).train()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for length in (1, 2, 16, 48, 127, 128, 129, 300, 500, 640, 1000):
+            model(torch.ones(2, length, dtype=torch.int64)).sum().backward()
+    counted = torch._dynamo.utils.counters
+    assert counted["frames"]["total"] == counted["frames"]["ok"]
+    assert 2 <= counted["stats"]["unique_graphs"] <= 8
 
 
 @pytest.mark.slow
