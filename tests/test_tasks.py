@@ -1,6 +1,7 @@
 """data/tasks.py, data/code.py, converters: rows, prompts, rules, verdicts, files of one's own."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -286,6 +287,25 @@ def test_judge_says_what_each_rule_finds(name, answer, completion, want):
     for rule in set(want) & set(TASKS[name].rules):  # symbolic needs a package
         assert (found["extracted"][rule], found["verdicts"][rule]) == want[rule]
     assert found["correct"] == next(iter(want.values()))[1] and found["answer"] == answer
+
+
+EQUAL = r"""x = 5 | 5; x=\frac{1}{2} | \frac12; n = -3 | -3; 12\text{ cm} | 12; 5 \text{ inches} | 5
+    30\mbox{ square units} | 30; 1+x | x+1; 2x+3y | 3y+2x; b^2 + a^2 | a^2+b^2; 14400 | 14,\!400
+    648/\pi | \frac{648}{\pi}; \frac{2\pi}{3} | 2\pi/3; 0.125 | \frac18; 3.25 | \frac{13}{4}
+    6! = 720 | 720; 10 \cdot 72 = 720 | 720"""
+OTHER = r"""x = 5 | 6; 12\text{ cm} | 13; 1-x | x-1; 0.33 | \frac13; 6! = 720 | 721; 648/\pi | 648
+    (1,2) | (2,1); \frac{1}{0} | 1"""
+PAIRS = [(pair, True) for pair in re.split("[;\n]", EQUAL)]
+PAIRS += [(pair, False) for pair in re.split("[;\n]", OTHER)]
+
+
+@pytest.mark.parametrize("pair, same", PAIRS)
+def test_symbolic_is_reported_beside_the_published_rule(pair, same):
+    pytest.importorskip("math_verify")
+    found, answer = (side.strip() for side in pair.split("|"))
+    judged = judge(TASKS["math500"], {"answer": answer, "completion": f"\\boxed{{{found}}}"})
+    assert judged["verdicts"]["symbolic"] == same
+    assert judged["correct"] == judged["verdicts"]["boxed"]  # the published rule is the score
 
 
 def test_choices_are_judged_by_likelihood_and_likelihood_a_character():
