@@ -234,11 +234,9 @@ def interval(means: Sequence[float], samples: int) -> list[float]:
     """95 %, in per cent: Wilson's for one sample an item, else mean -+ 1.96 standard errors."""
     n, mean = len(means), sum(means) / len(means)
     if samples == 1:
-        low, high = wilson(sum(means), n)
-    else:
-        half = Z95 * math.sqrt(sum((x - mean) ** 2 for x in means) / max(1, n - 1) / n)
-        low, high = max(0.0, mean - half), min(1.0, mean + half)
-    return [100 * low, 100 * high]
+        return [100 * end for end in wilson(sum(means), n)]
+    half = Z95 * math.sqrt(sum((x - mean) ** 2 for x in means) / max(1, n - 1) / n)
+    return [100 * max(0.0, mean - half), 100 * min(1.0, mean + half)]
 
 
 def summarize(rows: Sequence[Record], ks: Sequence[int] = ()) -> Record:
@@ -365,12 +363,7 @@ def check_permission(tasks: Sequence[Task], allowed: bool) -> None:
 
 
 def run_task(
-    task: Task,
-    items: Sequence[tuple[int, Record]],
-    pool: Sequence[Record],
-    model: Transformer,
-    tokenizer: Tokenizer,
-    settings: Settings,
+    task: Task, items: Any, pool: Any, model: Transformer, tokenizer: Tokenizer, settings: Settings
 ) -> list[list[Record]]:
     """Likelihoods, answers, verdicts of (number, item) pairs: of each a record a sample."""
     begin = tokenizer.begin if settings.format == "plain" else []  # a template writes its own BOS

@@ -396,9 +396,6 @@ def run_losses(settings: Settings) -> str:
     return f"{backbone}: loss {ends} on the CPU, {settings.device} at most {apart:.3f} % away"
 
 
-# ---- what is counted ----
-
-
 def count(name: str, positions: int = 1024) -> Record:
     """Of a shape, folder or run: parameters; FLOPs a token, 2 a multiply-add of a matrix product,
     attention at so many positions; float32 bytes kept, of the side path 4 M (r + 1) for a row."""
@@ -490,7 +487,7 @@ def main(overrides: Record) -> None:
     """Run the parts in order, print their tables, write speed.json. Raises ValueError."""
     settings = Settings(**(DATA["cuda"] if overrides.get("device") == "cuda" else {}) | overrides)
     device = choose_device(settings.device)
-    settings = replace(settings, dtype=str(choose_dtype(settings.dtype, device))[len("torch.") :])
+    settings = replace(settings, dtype=str(choose_dtype(settings.dtype, device))[6:])  # no "torch."
     os.environ["HF_HUB_OFFLINE"] = "1"  # everything is local
     result: Record = run_header(settings, device) | {"peaks": machine(settings)}
     torch.cuda.empty_cache()  # the memory is for the two sides
@@ -500,7 +497,7 @@ def main(overrides: Record) -> None:
         if part in names:
             call = count if part == "count" else memory
             found = {name: call(name) for name in names[part]}
-            rows = [[name, *(f"{n:,}" for n in each.values())] for name, each in found.items()]
+            rows = [[name, *map("{:,}".format, each.values())] for name, each in found.items()]
             print(table([part, *found["Qwen3-8B"]], rows), flush=True)
         if part == "losses":
             print(run_losses(settings), flush=True)
@@ -511,8 +508,8 @@ def main(overrides: Record) -> None:
             sizes, records = count(name), in_turns(asked, part, name)
             texts = [f"{key}: {x['text']}" for key, x in records.items() if "text" in x]
             texts = texts or [show(settings, records, sizes, result["peaks"])]
-            title = f"\n{name}, {part}, {time.monotonic() - BEGAN:.0f} s"
-            print(title, *texts, sep="\n", flush=True)
+            seconds = f"{time.monotonic() - BEGAN:.0f} s"
+            print(f"\n{name}, {part}, {seconds}", *texts, sep="\n", flush=True)
             result[f"{part} {name}"] = records
             write_json(Path(settings.out) / "speed.json", result)
 

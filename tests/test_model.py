@@ -92,7 +92,7 @@ PARITY = {  # kind, fields, edit of the config.json that ours reads; transformer
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", PARITY)
-def test_hidden_states_and_logits_equal_transformers(name, tiny_checkpoint, tmp_path):
+def test_trap_13_hidden_states_and_logits_equal_transformers(name, tiny_checkpoint, tmp_path):
     """Trap 13 in the spellings; bfloat16 rounds in the same places, so arg maxima are the same."""
     kind, fields, edit = PARITY[name]
     folder = tiny_checkpoint(kind, **fields)
@@ -314,7 +314,7 @@ SPLITS = [  # real tokens of each row in each call
 
 
 @pytest.mark.parametrize("chunks", SPLITS, ids=str)
-def test_any_split_equals_the_full_pass(either, chunks):
+def test_trap_12_any_split_equals_the_full_pass(either, chunks):
     rows = [row[: sum(lengths)] for row, lengths in zip(ragged(3, 160, 160), zip(*chunks))]
     runs = []
     for garbage in (1, 2):
