@@ -331,7 +331,8 @@ def draw(figures: dict[str, Record], file: Path) -> bool:
         change.plot(list(shown), [e["value"] for e in shown.values()], "o-", label=label)
         low, high = [e["p5"] for e in shown.values()], [e["p95"] for e in shown.values()]
         change.fill_between(list(shown), low, high, alpha=0.2)
-    change.set(title="relative change of the stream", xlabel="after layer", yscale="log")
+    scale = "log" if any(len(line.get_xdata()) for line in change.lines) else "linear"
+    change.set(title="relative change of the stream", xlabel="after layer", yscale=scale)
     change.legend()
     entries = figures["loss above both"]
     for x, entry in enumerate(entries.values()):
