@@ -441,7 +441,8 @@ def rescore(settings: Settings) -> dict[str, Record]:
     by_task: dict[str, list[Record]] = {}
     for where, line in read_lines(settings.rescore):
         record = parse_object(line, where)
-        if not {"task", "id", "answer", "truncated", "verdicts"} <= set(record):
+        known = {"task", "id", "answer", "truncated", "verdicts"} <= set(record)
+        if not known or len(record.get("choices", ())) != len(record.get("logprobs", ())):
             raise ValueError(f"{where}: expected a record of eval.py, found {list(record)}")
         by_task.setdefault(record["task"], []).append(record)
     if not by_task:

@@ -111,7 +111,10 @@ class ModelConfig:
 def read_rope(raw: Record, source: str) -> tuple[float, RopeScaling | None]:
     """theta and scaling, of rope_theta and rope_scaling or of transformers 5's rope_parameters."""
     rope = {"rope_theta": raw.get("rope_theta", 10000.0), "partial_rotary_factor": 1}
-    rope |= {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(raw.get(name) or {}, dict):
+            raise ValueError(f"{source}: {name}: expected an object, found {raw[name]!r}")
+        rope |= raw.get(name) or {}
     theta, share = rope.pop("rope_theta"), rope.pop("partial_rotary_factor")
     kinds = {rope.pop("rope_type", "default"), rope.pop("type", "default")} - {"default"}
     if share == 1 and not kinds and not rope:
@@ -435,6 +438,7 @@ def load_model(path: str | Path, device: Any = "cpu", dtype: Any = None) -> Tran
         model = Transformer(config)
     files = tensor_files(folder)
     found = {name: info for file in set(files.values()) for name, info in tensor_info(file).items()}
+    found = {k: v for k, v in found.items() if not k.endswith(".rotary_emb.inv_freq")}
     head, table = "lm_head.weight", "model.embed_tokens.weight"
     if config.tie_word_embeddings and {head, table} <= set(files):
         same = torch.equal(read_tensor(files[head], head), read_tensor(files[table], table))

@@ -511,7 +511,10 @@ def load_adapter(
     found: dict[str, Tensor] = {}
     if (folder / ADAPTER_FILES[1]).exists():
         found |= read_tensors(folder / ADAPTER_FILES[1], model.fingerprint)
-        adapter = read_peft_config(folder / ADAPTER_FILES[0], list(found))
+        try:
+            adapter = read_peft_config(folder / ADAPTER_FILES[0], list(found))
+        except (ValueError, TypeError, AttributeError, re.error) as error:
+            raise ValueError(f"{folder / ADAPTER_FILES[0]}: {error}") from None
     if (folder / TALAN_FILES[1]).exists():
         found |= read_tensors(folder / TALAN_FILES[1], model.fingerprint)
         talan = read_talan_config(folder / TALAN_FILES[0], model.config.hidden_size)
@@ -559,15 +562,15 @@ def read_peft_config(file: Path, names: list[str]) -> AdapterConfig:
     wrong = [name for name in raw if raw[name] and name not in PEFT_HARMLESS]
     if raw.get("peft_type", "LORA") != "LORA":
         wrong.append("peft_type")
-    if raw.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"):
+    if raw.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
         wrong.append("init_lora_weights")  # others, as pissa, change the backbone
     if wrong or not isinstance(raw.get("r"), int) or not raw.get("lora_alpha"):
         found = {name: raw[name] for name in wrong}
-        raise ValueError(f"{file}: expected r, lora_alpha and nothing like {found}")
+        raise ValueError(f"expected r, lora_alpha and nothing like {found}")
     maps = [name.removesuffix(".lora_A.weight") for name in names if ".lora_A." in name]
     targets = tuple({name.split(".")[-1] for name in maps})
-    rank = pattern_value(file, raw, "rank_pattern", raw["r"], maps)
-    alpha = pattern_value(file, raw, "alpha_pattern", raw["lora_alpha"], maps)
+    rank = pattern_value(raw, "rank_pattern", raw["r"], maps)
+    alpha = pattern_value(raw, "alpha_pattern", raw["lora_alpha"], maps)
     kind = "rslora" if raw.get("use_rslora") else "lora"
     if raw.get("use_dora"):
         alpha *= math.sqrt(rank) if kind == "rslora" else 1  # the same scale
@@ -575,14 +578,15 @@ def read_peft_config(file: Path, names: list[str]) -> AdapterConfig:
     return AdapterConfig(kind, rank, alpha, raw.get("lora_dropout", 0.0), targets)
 
 
-def pattern_value(file: Path, raw: Record, field: str, default: Any, maps: list[str]) -> Any:
+def pattern_value(raw: Record, field: str, default: Any, maps: list[str]) -> Any:
     """What PEFT's {pattern: value} gives to every adapted map. Raises ValueError on two values."""
     patterns, found = raw.get(field) or {}, {}
     for name in maps:
+        name = name.removeprefix("base_model.model.")  # as PEFT names them
         fits = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
         found[next(fits, default)] = name
     if len(found) > 1:
-        raise ValueError(f"{file}: {field}: expected one value for all maps, found {found}")
+        raise ValueError(f"{field}: expected one value for all maps, found {found}")
     return next(iter(found), default)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import functools
 import json
 import os
 import re
@@ -25,7 +24,8 @@ from model import resolve_folder
 ROLES = ("system", "user", "assistant", "tool")
 TODAY = datetime.date(2024, 7, 26)  # templates that print a date get this one
 MARK = "\ue0f0"  # a private-use character in the place of a turn's text, see find_turn
-LABEL_FIELDS = ("weight", "train", "loss_mask")  # of a message; 0 or false: it is not learnt
+# Of a message; 0 or false: it is not learnt.
+LABEL_FIELDS = ("weight", "train", "loss_mask", "step_loss_mask")
 LEARNT_FIELDS = ("reasoning_content", "reasoning", "thinking", "tool_calls")  # of an assistant's
 BLANKS = re.compile(r"<think>\s*</think>|\s")  # what a template may drop or add
 UNREAD = set(  # bookkeeping, in a row or a message
@@ -45,6 +45,15 @@ PLAIN_TEMPLATE = (  # for a model without a template
     "{% elif m.role == 'assistant' %}Answer:\n{{ m.content }}{{ eos_token }}\n{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}Answer:\n{% endif %}"
 )
+
+
+def to_json(
+    value: Any, ensure_ascii: Any = False, indent: Any = None, separators: Any = None, **rest: Any
+) -> str:
+    """The filter `tojson` with the arguments that transformers gives it."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, **rest
+    )
 
 
 class GenerationTag(jinja2.ext.Extension):
@@ -68,7 +77,7 @@ def compile_template(source: str) -> jinja2.Template:
     env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     env.add_extension(GenerationTag)
     env.add_extension(jinja2.ext.loopcontrols)
-    env.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    env.filters["tojson"] = to_json
     env.globals.update(raise_exception=raise_exception, strftime_now=TODAY.strftime)
     try:
         return env.from_string(source)
@@ -139,6 +148,8 @@ def load_tokenizer(path: str | Path, stop_token: str = "") -> Tokenizer:
     specials = {"begin": core.decode(begin, skip_special_tokens=False)}
     if "added_tokens_decoder" not in config:  # as transformers: else this file is not read
         config |= optional_json(folder / "special_tokens_map.json")
+        config["added_tokens"] = list(optional_json(folder / "added_tokens.json"))
+    check_added(core, config, folder)
     for name, token in config.items():
         token = token.get("content") if isinstance(token, dict) else token
         specials |= {name: token} if name.endswith("_token") and isinstance(token, str) else {}
@@ -146,6 +157,16 @@ def load_tokenizer(path: str | Path, stop_token: str = "") -> Tokenizer:
     tokenizer = Tokenizer(core, template, specials, begin)
     tokenizer.eos_ids = stop_ids(tokenizer, folder, stop_token)
     return tokenizer
+
+
+def check_added(core: Any, config: Record, folder: Path) -> None:
+    """Raise ValueError on an added token that tokenizer.json lacks: it would be split."""
+    for name in ("added_tokens", "additional_special_tokens", "extra_special_tokens"):
+        named = config.get(name) or []
+        for token in named.values() if isinstance(named, dict) else named:
+            text = token.get("content") if isinstance(token, dict) else token
+            if core.token_to_id(str(text)) is None:
+                raise ValueError(f"{folder}/tokenizer.json lacks the token {text!r} of {name}")
 
 
 def optional_json(file: Path) -> Record:
@@ -167,10 +188,15 @@ def stop_ids(tokenizer: Tokenizer, folder: Path, stop_token: str) -> tuple[int, 
     """generation_config.json's, else config.json's; eos_token; what ends the template's turns."""
     core = tokenizer.core
     ids: set[Any] = set()
+    added = {str(token.content): i for i, token in core.get_added_tokens_decoder().items()}
     for name in ("generation_config.json", "config.json"):
         named = optional_json(folder / name).get("eos_token_id")
-        ids = ids or set(named if isinstance(named, list) else [named]) - {None, -1}
-    added = {str(token.content): i for i, token in core.get_added_tokens_decoder().items()}
+        found = set(named if isinstance(named, list) else [named]) - {None, -1}
+        if not all(type(i) is int for i in found):
+            raise ValueError(f"{folder / name}: eos_token_id: expected ids, found {named!r}")
+        if name == "config.json" and (folder / "generation_config.json").exists():
+            found &= set(added.values())  # its default, 2, is a character of some vocabularies
+        ids = ids or found
     for token in filter(None, (tokenizer.specials.get("eos_token"), stop_token)):
         if core.token_to_id(token) is None:
             raise ValueError(f"{folder}: stop token {token!r} is not in tokenizer.json")
@@ -230,8 +256,9 @@ def encode_row(tokenizer: Tokenizer, messages: Any, tools: Any = None, apart: bo
 
 
 def without_bookkeeping(message: Record) -> Record:
-    """The fields of a message that may say something."""
-    return {key: value for key, value in message.items() if key not in UNREAD}
+    """The fields of a message that may say something; a null one says nothing."""
+    kept = {key: value for key, value in message.items() if key not in UNREAD}
+    return {key: value for key, value in kept.items() if value is not None or key == "content"}
 
 
 class RenderedChat:
@@ -239,7 +266,7 @@ class RenderedChat:
 
     def __init__(self, tokenizer: Tokenizer, messages: Sequence[Record], tools: Any) -> None:
         self.tokenizer, self.tools = tokenizer, tools
-        self.messages = list(map(without_bookkeeping, messages))
+        self.messages = list(map(without_bookkeeping, check_messages(messages, "messages")))
         self.text = self.render(self.messages)
         self.letters = BLANKS.sub("", self.text)
         if tools and tokenizer.render(self.messages) == self.text:
@@ -267,7 +294,7 @@ class RenderedChat:
         if not kept:
             raise ValueError(f"the chat template drops or changes text of {role} turn {turn}")
         for name in message:
-            if name in ("role", "content", *LABEL_FIELDS) or not message[name]:
+            if name in ("role", "content", *LABEL_FIELDS) or message[name] in (None, "", [], {}):
                 continue
             bare = {key: value for key, value in message.items() if key != name}
             lost = self.replace(turn, bare, turn + 1) == self.replace(turn, message, turn + 1)
@@ -336,7 +363,8 @@ def read_rows(file: str | Path, counts: dict[str, int]) -> Iterator[tuple[str, C
     """
     for where, line in read_lines(file):
         row = parse_object(line, where)
-        keys = next((keys for keys in FORMATS if set(keys) <= set(row)), ())
+        filled = {name for name in row if row[name] is not None}
+        keys = next((keys for keys in FORMATS if set(keys) <= filled), ())
         if not keys:
             raise ValueError(f"{where}: expected one of {[*FORMATS]}, found {sorted(row)}")
         for name in set(row) - {*keys, *FORMATS[keys].split()} - UNREAD:

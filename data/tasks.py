@@ -392,7 +392,9 @@ def ask(task: Task, item: Row, shots: Sequence[Row], form: str, tokenizer: Token
     user, begun = ("", "") if "messages" in item else task.chat(item)
     turns += item.get("messages", [{"role": "user", "content": user}])
     turns[0] = {**turns[0], "content": task.header(item) + turns[0]["content"]}
-    text = tokenizer.render(turns, add_generation_prompt=True) + begun
+    if item.get("system"):
+        turns.insert(0, {"role": "system", "content": item["system"]})
+    text = tokenizer.render(turns, add_generation_prompt=True, tools=item.get("tools")) + begun
     return Prompt(text, [reply.removeprefix(begun) for reply in replies])
 
 

@@ -45,7 +45,7 @@ MUTANTS = [
     ("rotary positions begin anew behind the cache", "model.py", "positions[:, None, :, None].float() *", "(positions - positions[:, :1])[:, None, :, None].float() *", "test_model.py -k split"),
     ("rotary halves turn the other way", "model.py", "(a * cos - b * sin, b * cos + a * sin)", "(a * cos + b * sin, b * cos - a * sin)", "test_model.py -k hidden_states"),
     ("llama3 blend inverted", "model.py", "torch.lerp(freq / s.factor, freq,", "torch.lerp(freq, freq / s.factor,", "test_model.py -k hidden_states"),
-    ("old spelling of rope ignored", "model.py", '**(raw.get("rope_scaling") or {}), ', "", "test_model.py -k hidden_states"),
+    ("old spelling of rope ignored", "model.py", 'in ("rope_scaling", "rope_parameters"):', 'in ("rope_parameters",):', "test_model.py -k hidden_states"),
     ("partial rotary factor ignored", "model.py", "if share == 1 and not kinds", "if not kinds", "test_model.py -k refused_field"),
     ("grouped heads taken in the other order", "model.py", "q = q.view(B, k.shape[1], -1, self.head_dim)", "q = q.view(B, -1, k.shape[1], self.head_dim).transpose(1, 2)", "test_model.py -k split"),
     ("gradient of up without silu", "model.py", "F.silu(g).mul_(dy)", "g.mul(dy)", "test_model.py -k swiglu"),

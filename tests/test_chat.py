@@ -341,6 +341,7 @@ HONOURED = [  # a row, and what is learnt of it
     ("chatml", m(U, a("so", train=False), U, A), ["yo⟩"]),
     ("chatml", m(U, a("so", loss_mask=0, weight=1), U, A), ["yo⟩"]),
     ("bare", m(U, A, U, a("so", loss_mask=False)), ["yo⟩"]),
+    ("chatml", m(U, a("so", step_loss_mask=0), U, A), ["yo⟩"]),
     ("chatml", m(U, a("so", weight=None), U, a(train=1)), ["so⟩", "yo⟩"]),
     ("chatml", m(a("hi", "user", weight=0), A), ["yo⟩"]),
     ("chatml", {"prompt": [S, U, a("so"), U], "completion": [A]}, ["yo⟩"]),
@@ -362,7 +363,8 @@ SAME = [  # a row, and messages with the same ids and labels
     (m(U, a(id=3, model="x"), id="a", source="b", date=1, tools=[]), [U, A]),
     (m(U, A, tools=None, score=2.5, best=True, note=""), [U, A]),
     (ONE | {"answer": "4", "choices": ["4"], "tests": "x", "code": "y"}, [U, A]),
-    (ONE | {"system": "so"}, [S, U, A]),
+    (m(U, a(tool_calls=None, thinking=None)) | {"prompt": None}, [U, A]),
+    (ONE | {"system": "so", "messages": None}, [S, U, A]),
     (TRL | {"system": "so"}, [S, U, A]),
     ({"question": "hi", "answer": "yo", "system": "so"}, [S, U, A]),
     (ONE | {"completion": "<<1>>"}, [U, a("<<1>>")]),
@@ -401,6 +403,8 @@ REFUSED = [  # a row, what the error says behind file and line
     (m(a("hi", "user", name="Bo"), A), "field 'name' of user turn 0: the chat template drops it"),
     (m(U, a(loss="no")), "the field 'loss' of assistant turn 1"),
     (m(U, a(prefix=True), U, A), "the field 'prefix' of assistant turn 1"),
+    (m(U, a(training=False), U, A), "the field 'training' of assistant turn 1"),
+    (m(U, a(loss_scale=0)), "the field 'loss_scale' of assistant turn 1"),
     (m(U, a(weight=0.5)), "expected messages.*'weight'.* 0 or 1, found .*0.5"),
     (m(U, a(train="no")), "expected messages.*'train'.* 0 or 1, found .*'no'"),
     (m(U, a([{"type": "text", "text": "yo"}])), FORM),
@@ -488,6 +492,7 @@ ENDS = f"note: {END} ends the chat template's turns, so it is a stop token\n"
 STOPS = [  # eos of generation_config.json, of config.json, eos_token, --stop-token -> stops, a note
     ([END], ["&"], END, "", [END], ""),
     ([], [END], END, "", [END], ""),
+    ([], ["&"], END, "", [END], ""),
     (None, BOTH, END, "", BOTH, ""),
     (["&"], None, END, "", ["&", END], "note: stop id 5 is '&', no added token\n"),
     (None, None, IM[0], "", BOTH, ENDS),
@@ -545,11 +550,25 @@ def test_an_added_token_of_another_id_is_refused(tmp_path, key, text):
         build(tmp_path, CHATML, added_tokens_decoder={key: NEW | {"content": text}})
 
 
+LACKED = [{"extra_special_tokens": {"a": "<a>"}}, {"extra_special_tokens": ["<a>"]}]
+LACKED += [{"additional_special_tokens": [END, "<a>"]}]
+
+
+@pytest.mark.parametrize("changes", LACKED, ids=str)
+def test_a_named_token_that_would_be_split_is_refused(tmp_path, changes):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    (tmp_path / "b/added_tokens.json").write_text('{"<a>": 262}')
+    for folder, given in (("a", changes), ("b", {})):
+        with pytest.raises(ValueError, match="tokenizer.json lacks the token '<a>'"):
+            build(tmp_path / folder, CHATML, **given)
+
+
 CHATS = [[S, U, A], [U, a("1 < 'é' & \"so\""), U], [U, a("", tool_calls=[CALL]), a("{}", "tool")]]
 TEMPLATES = [  # LOOP: for all messages
     QWEN3,
     "{{ messages | tojson }}{{ tools | tojson(indent=2) }}{{ messages[1:] | length }}",
     "{{ messages | tojson(ensure_ascii=true, separators=(',', ':'), sort_keys=true) }}",
+    "{{ messages | tojson(true) }}{{ messages | tojson(false, 2) }}",
     "LOOP{% generation %}{% set x = m.role %}{{ x }}{% endgeneration %}[{{ x }}]{% endfor %}",
     "{% set n = namespace(i=0) %}LOOP{%- generation %}{% set n.i = n.i + 1 %}{{ n.i }}"
     "{% if m.role == 'tool' %}!{% endif %}{% endgeneration -%} {% endfor %}",

@@ -121,7 +121,8 @@ SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 QWEN3 = {"model_type": "qwen3", **SIZES, "rms_norm_eps": 1e-5, "rope_theta": 1e6, **TIED}
 SCALING = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
 YARN, LINEAR = {"rope_type": "yarn", "factor": 4.0}, {"type": "linear", "factor": 2.0}
-ROPES = (YARN, LINEAR, {"type": "llama3"}, {**SCALING, "type": "yarn"}, {**SCALING, "x": 2.0})
+ROPES = ("linear", YARN, LINEAR, {"type": "llama3"}, {**SCALING, "type": "yarn"})
+ROPES += ({**SCALING, "x": 2.0},)
 NUMBERS = ("pretraining_tp", "attention_dropout", "partial_rotary_factor")
 SWITCHES = ("attention_bias", "mlp_bias", "use_sliding_window", "rope_interleaved")
 REFUSED = {  # a field of config.json -> values that the error names it for
