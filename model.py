@@ -436,9 +436,11 @@ def load_model(path: str | Path, device: Any = "cpu", dtype: Any = None) -> Tran
     config = ModelConfig.from_dir(folder)
     with torch.device("meta"):
         model = Transformer(config)
-    files = tensor_files(folder)
-    found = {name: info for file in set(files.values()) for name, info in tensor_info(file).items()}
-    found = {k: v for k, v in found.items() if not k.endswith(".rotary_emb.inv_freq")}
+    files, found = {}, {}
+    for file in tensor_files(folder):
+        for name, info in tensor_info(file).items():
+            if not name.endswith(".rotary_emb.inv_freq"):  # Llama's of old: computed here
+                files[name], found[name] = file, info
     head, table = "lm_head.weight", "model.embed_tokens.weight"
     if config.tie_word_embeddings and {head, table} <= set(files):
         same = torch.equal(read_tensor(files[head], head), read_tensor(files[table], table))
@@ -469,18 +471,15 @@ def fingerprint(config: ModelConfig, folder: Path) -> str:
     return digest.hexdigest()
 
 
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> its file: model.safetensors, else the index's shards. Raises ValueError."""
+def tensor_files(folder: Path) -> list[Path]:
+    """model.safetensors, else the shards of the index. Raises ValueError."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.exists() or not index.exists():
-        return dict.fromkeys(tensor_info(whole), whole)
+        return [whole]
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or any(Path(str(f)).name != f for f in shards.values()):
         raise ValueError(f"{index}: expected a weight_map of names to files of this folder")
-    files: dict[str, Path] = {}
-    for shard in sorted(set(shards.values())):
-        files |= dict.fromkeys(tensor_info(folder / shard), folder / shard)
-    return files
+    return [folder / shard for shard in sorted(set(shards.values()))]
 
 
 def tensor_info(file: Path) -> dict[str, TensorInfo]:

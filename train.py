@@ -517,7 +517,7 @@ def train(  # noqa: PLR0915 - the loop is read as one block
     widths = [padded_width(row) for row in rows]
     labels = [sum(row.supervised[1:]) for row in rows]
     budget = settings.micro_tokens or -(-settings.step_tokens // ranks.world)
-    epoch = plan_epoch(widths, settings, 0, 0)
+    epoch = plan_epoch(widths, settings, micro=0, epoch=0)
     steps = settings.steps or max(1, round(settings.epochs * len(epoch)))
     trainable = [p for p in model.parameters() if p.requires_grad]
     metrics = Metrics(run, first, ranks.is_main)
@@ -590,7 +590,7 @@ def dry_run(settings: Settings, model: Any, tokenizer: Tokenizer, rows: list[Row
     print(json.dumps(asdict(settings), indent=2))
     print(report(model))
     widths = [padded_width(row) for row in rows]
-    epoch = plan_epoch(widths, settings, settings.micro_tokens, 0)
+    epoch = plan_epoch(widths, settings, settings.micro_tokens, epoch=0)
     tokens = sum(len(row.ids) for row in rows)
     learnt = sum(sum(row.supervised) for row in rows)
     share = f"{learnt:,} supervised ({100 * learnt / tokens:.1f} %)"

@@ -18,6 +18,13 @@ PUBLISHED = {"Qwen3-0.6B": 596_049_920, "Qwen3-1.7B": 1_720_574_976, "Qwen3-4B":
 PUBLISHED |= {"Qwen3-8B": 8_190_735_360, "Llama-3.2-1B": 1_235_814_400}  # as the hub counts them
 
 
+@pytest.fixture(autouse=True)
+def stance():
+    """A task sets whether its process compiles; here the other tests share it."""
+    yield
+    torch.compiler.set_stance("default")
+
+
 @pytest.fixture
 def sides(tiny_checkpoint, tmp_path):
     """make(kind, backbone) -> theirs, ours in this process; ours has the adapter of theirs."""
