@@ -441,10 +441,12 @@ def rescore(settings: Settings) -> dict[str, Record]:
     by_task: dict[str, list[Record]] = {}
     for where, line in read_lines(settings.rescore):
         record = parse_object(line, where)
-        known = {"task", "id", "answer", "truncated", "verdicts"} <= set(record)
+        others = by_task.setdefault(str(record.get("task")), [])
+        judged = {"logprobs", "choices"} if "logprobs" in [*others, record][0] else {"completion"}
+        known = {"task", "id", "answer", "truncated", "verdicts", *judged} <= set(record)
         if not known or len(record.get("choices", ())) != len(record.get("logprobs", ())):
             raise ValueError(f"{where}: expected a record of eval.py, found {list(record)}")
-        by_task.setdefault(record["task"], []).append(record)
+        others.append(record)
     if not by_task:
         raise ValueError(f"{settings.rescore}: no records")
     changed, summaries = 0, {}

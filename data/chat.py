@@ -257,8 +257,8 @@ def encode_row(tokenizer: Tokenizer, messages: Any, tools: Any = None, apart: bo
 
 def without_bookkeeping(message: Record) -> Record:
     """The fields of a message that may say something; a null one says nothing."""
-    kept = {key: value for key, value in message.items() if key not in UNREAD}
-    return {key: value for key, value in kept.items() if value is not None or key == "content"}
+    names = [name for name, value in message.items() if value is not None or name == "content"]
+    return {name: message[name] for name in names if name not in UNREAD}
 
 
 class RenderedChat:
@@ -294,13 +294,13 @@ class RenderedChat:
         if not kept:
             raise ValueError(f"the chat template drops or changes text of {role} turn {turn}")
         for name in message:
-            if name in ("role", "content", *LABEL_FIELDS) or message[name] in (None, "", [], {}):
+            if name in ("role", "content", *LABEL_FIELDS) or message[name] in ("", [], {}):
                 continue
             bare = {key: value for key, value in message.items() if key != name}
             lost = self.replace(turn, bare, turn + 1) == self.replace(turn, message, turn + 1)
             if lost and role == "tool":
                 self.tokenizer.say_once(f"the chat template does not use {name!r} of tool turns")
-            elif lost or role == "assistant" and name not in LEARNT_FIELDS:
+            elif lost or (role == "assistant" and name not in LEARNT_FIELDS):
                 why = "the chat template drops it" if lost else "it would have no label"
                 raise ValueError(f"the field {name!r} of {role} turn {turn}: {why}")
 
@@ -346,6 +346,16 @@ class RenderedChat:
         return None
 
 
+def check_rendering(tokenizer: Tokenizer, messages: Any, tools: Any, where: str) -> None:
+    """Raise ValueError, beginning with `where`, when the template drops something of these."""
+    try:
+        chat = RenderedChat(tokenizer, messages, tools)
+        for turn in range(len(chat.messages)):
+            chat.check_turn(turn)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
 @dataclass(frozen=True)
 class Conversation:
     """What a row says; apart: which of it is prompt and which is completion, too."""
@@ -367,10 +377,7 @@ def read_rows(file: str | Path, counts: dict[str, int]) -> Iterator[tuple[str, C
         keys = next((keys for keys in FORMATS if set(keys) <= filled), ())
         if not keys:
             raise ValueError(f"{where}: expected one of {[*FORMATS]}, found {sorted(row)}")
-        for name in set(row) - {*keys, *FORMATS[keys].split()} - UNREAD:
-            if row[name] and isinstance(row[name], (str, list, dict)):
-                what = "which is not read: put it into the messages or take it out"
-                raise ValueError(f"{where}: found the column {name!r}, {what}")
+        for name in unread_columns(row, {*keys, *FORMATS[keys].split()}, where):
             counts[f"column {name} not read"] = counts.get(f"column {name} not read", 0) + 1
         if not are_objects(row.get("tools") or []):
             raise ValueError(f"{where}: expected tools as objects, found {repr(row['tools'])}")
@@ -380,6 +387,16 @@ def read_rows(file: str | Path, counts: dict[str, int]) -> Iterator[tuple[str, C
         if "assistant" not in roles:
             raise ValueError(f"{where}: expected a message of the assistant, found {roles}")
         yield where, Conversation(messages, row.get("tools"), apart)
+
+
+def unread_columns(row: Record, read: set[str], where: str) -> set[str]:
+    """Columns neither read nor bookkeeping. Raises ValueError when one has text or objects."""
+    names = set(row) - read - UNREAD
+    for name in names:
+        if row[name] and isinstance(row[name], (str, list, dict)):
+            what = "which is not read: put it into the messages or take it out"
+            raise ValueError(f"{where}: found the column {name!r}, {what}")
+    return names
 
 
 def join_turns(row: Record, keys: tuple[str, ...], where: str) -> Any:

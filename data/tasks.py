@@ -7,6 +7,7 @@ A row of data/NAME/SPLIT.jsonl, written by `python data/prepare.py NAME`, is an 
     answer       what an answer is compared with: a number, an expression, a letter; "" for code
     subject      where the source has one: few-shot examples are of the same subject
     choices      (kind choice) the replies whose likelihoods are compared: A, B, C, ...
+    system, tools    as for train.py; a file of one's own may have messages for the prompt
     code, entry_point, tests, plus_tests    (kind code) solution, function, programs that test it
 train.py reads prompt and completion of the same rows.
 
@@ -40,7 +41,7 @@ from typing import Any
 
 from common import parse_object, read_lines
 from data import code
-from data.chat import Tokenizer, check_messages
+from data.chat import FORMATS, Tokenizer, check_messages, check_rendering, unread_columns
 from data.code import Row
 
 HERE = Path(__file__).resolve().parent
@@ -270,6 +271,7 @@ GSM8K = {"flexible": Rule(last_number, same_digits), "strict": Rule(strict_numbe
 SVAMP = {"number": Rule(last_number, same_decimal)}
 OWN = Task("own", rules={"answer": Rule(after_hashes, same_words)}, stops=("Question:",))
 OWN = replace(OWN, between="\n", max_new_tokens=128)
+OWN_COLUMNS = {"messages", "prompt", "completion", *FORMATS["prompt", "completion"].split()}
 MATH500 = Task("math500", rules=BOXED, between="\n", stops=ENDS[1:], max_new_tokens=2048)
 HUMANEVAL = Task("humaneval", "code", between="", stops=code.HUMANEVAL_STOPS)
 MBPP = Task("mbpp", "code", shots="mbpp/shots.jsonl", between="", stops=code.MBPP_STOPS)
@@ -295,9 +297,8 @@ TASKS = {task.name: task for task in ALL}
 def find_tasks(names: Sequence[str]) -> list[Task]:
     """Tasks by name, or .jsonl files of one's own. Raises ValueError on unknown names."""
     if wrong := [name for name in names if name not in TASKS and not name.endswith(".jsonl")]:
-        raise ValueError(
-            f"tasks: expected some of {', '.join(TASKS)} or .jsonl files, found {wrong}"
-        )
+        known = ", ".join(TASKS)
+        raise ValueError(f"tasks: expected some of {known} or .jsonl files, found {wrong}")
     tasks = [TASKS.get(name) or own_task(Path(name)) for name in names]
     found = [task.name for task in tasks]
     if len(set(found)) < len(found) or any(TASKS.get(t.name, t) != t for t in tasks):
@@ -316,7 +317,7 @@ def load_items(task: Task, limit: int = 0) -> list[Row]:
     """The rows to score. Raises ValueError with file and line, or naming what prepares them."""
     if not task.path.exists() and task.name in TASKS:
         raise ValueError(f"{task.path}: run python data/prepare.py {task.path.parent.name} first")
-    items = [parse_item(line, where, task.kind) for where, line in read_lines(task.path)]
+    items = [parse_item(line, where, task) for where, line in read_lines(task.path)]
     counts = Counter(item["id"] for item in items)
     twice = [name for name, count in counts.items() if count > 1]
     if not items or twice:
@@ -331,9 +332,11 @@ def load_pool(task: Task) -> list[Row]:
     return load_items(replace(task, file=task.shots))
 
 
-def parse_item(line: bytes, where: str, kind: str) -> Row:
+def parse_item(line: bytes, where: str, task: Task) -> Row:
     """A row as described above; without an id it has its line's number. Raises ValueError."""
-    row = parse_object(line, where)
+    row, kind = parse_object(line, where), task.kind
+    if task.name not in TASKS:
+        unread_columns(row, OWN_COLUMNS, where)
     asked = row.get("messages", [{"role": "user", "content": row.get("prompt")}])
     texts = ("prompt", "code", "tests") if kind == "code" else ()
     choices = row.get("choices", [])
@@ -371,13 +374,13 @@ class Prompt:
 
 
 def ask(task: Task, item: Row, shots: Sequence[Row], form: str, tokenizer: Tokenizer) -> Prompt:
-    """The prompt of one item in chat or plain form. Raises ValueError on messages in plain form."""
+    """The prompt of one item in chat or plain form. Raises ValueError on what it would lose."""
     solution: Any = item.get("completion", "")
-    if form == "plain":
-        solution = item.get("code", solution)
+    solution = item.get("code", solution) if form == "plain" else solution
     replies: list[Any] = item.get("choices") or ([solution] if solution else [])
-    if form == "plain" and "messages" in item:
-        raise ValueError(f"{task.name}: {item['id']}: messages have no plain form; --format chat")
+    lost = [name for name in ("messages", "system", "tools") if item.get(name)]
+    if form == "plain" and lost:
+        raise ValueError(f"{task.name}: {item['id']}: {lost} have no plain form; --format chat")
     if form == "plain":
         text = task.header(item)
         for shot in shots:
@@ -394,6 +397,8 @@ def ask(task: Task, item: Row, shots: Sequence[Row], form: str, tokenizer: Token
     turns[0] = {**turns[0], "content": task.header(item) + turns[0]["content"]}
     if item.get("system"):
         turns.insert(0, {"role": "system", "content": item["system"]})
+    if task.name not in TASKS:
+        check_rendering(tokenizer, turns, item.get("tools"), f"{task.name}: {item['id']}")
     text = tokenizer.render(turns, add_generation_prompt=True, tools=item.get("tools")) + begun
     return Prompt(text, [reply.removeprefix(begun) for reply in replies])
 

@@ -157,7 +157,7 @@ MUTANTS = [
     ("tools dropped in silence", "data/chat.py", "if tools and tokenizer.render(self.messages) == self.text:", "if False:", "test_chat.py -k would_lose"),
     ("rows without their tools", "data/chat.py", "add_generation_prompt=prompt, tools=self.tools)", "add_generation_prompt=prompt, tools=None)", "test_chat.py -k what_is_learnt"),
     ("text dropped in silence", "data/chat.py", "if not kept:", "if False:", "test_chat.py -k loses_text"),
-    ("a field dropped in silence", "data/chat.py", 'elif lost or role == "assistant"', 'elif role == "assistant"', "test_chat.py -k would_lose"),
+    ("a field dropped in silence", "data/chat.py", 'elif lost or (role == "assistant"', 'elif (role == "assistant"', "test_chat.py -k would_lose"),
     ("prompt and completion without a border", "data/chat.py", "            if apart:\n", "            if False:\n", "test_chat.py -k would_lose"),
     ("GSM8K's marks learnt", "data/chat.py", 're.sub(r"<<[^<>]*>>", "", last)', "last", "test_chat.py -k say_the_same"),
     ("opened thoughts are prompt", "data/chat.py", 'if text[:begin].rstrip().endswith("<think>") and', "if False and", "test_chat.py -k labels_equal"),

@@ -354,7 +354,12 @@ def test_stored_records_that_are_none_are_refused_with_their_line(tmp_path):
         "completion": "#### 7",
         "truncated": False,
     }
-    for rows in ([good, {"task": "math"}], [good, [1]], []):
+    choice = {"task": "c", "id": "1", "answer": "A", "verdicts": {}, "truncated": False}
+    choice |= {"choices": ["x", "y"], "logprobs": [-1.0, -2.0]}
+    wrong = [choice | {"logprobs": [-1.0]}, {k: v for k, v in choice.items() if k != "logprobs"}]
+    wrong = [[choice, each] for each in (*wrong, good | {"task": "c"})]
+    lost = {k: v for k, v in good.items() if k != "completion"}
+    for rows in ([good, {"task": "math"}], [good, lost], [good, [1]], *wrong, []):
         file = write(tmp_path / "records.jsonl", rows)
         with pytest.raises(ValueError, match="records.jsonl:2: expected|no records"):
             evaluation.rescore(Settings(rescore=file))

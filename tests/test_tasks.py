@@ -230,6 +230,9 @@ BAD = [  # rows, the error
     ([ASK, PICK], "rows.jsonl:2: expected choices in each row or none"),
     ([PICK | {"choices": ["x", ""]}], "expected choices, a list of texts"),
     ([PICK | {"answer": "C"}], "expected a letter of the choices"),
+    ([ASK | {"context": "so"}], "rows.jsonl:1: found the column 'context', which is not read"),
+    ([ASK, TALK | {"input": ["so"]}], "rows.jsonl:2: found the column 'input'"),
+    ([PICK | {"documents": [{}]}], "found the column 'documents'"),
 ]
 NAMES = [  # what --tasks says, the error
     ("math maths", r"expected some of math, .*mbpp_plus or \.jsonl files, found \['maths'\]"),
@@ -249,11 +252,34 @@ def test_files_of_one_s_own(tmp_path, row, text, replies):
     chat = TOKENIZER.render([USER | {"content": text}], add_generation_prompt=True)
     assert ask(task, item, [], "chat", TOKENIZER) == tasks.Prompt(chat, replies)
     if row == TALK:
-        with pytest.raises(ValueError, match="rows: 1: messages have no plain form"):
+        with pytest.raises(ValueError, match="rows: 1: .'messages'. have no plain form"):
             ask(task, item, [], "plain", TOKENIZER)
     else:
         want = tasks.Prompt(text, ["\n" + reply for reply in replies])
         assert ask(task, item, [], "plain", TOKENIZER) == want
+
+
+BESIDE = [  # a row, what the template must say; or what is refused
+    (ASK | {"system": "be brief"}, "be brief"),
+    (TALK | {"system": "be brief", "source": "x", "level": 3}, "be brief"),
+    (PICK | {"system": "be brief"}, "be brief"),
+    (ASK | {"tools": [{"name": "look"}]}, "rows: 1: the chat template drops the column 'tools'"),
+    (TALK | {"messages": [USER | {"name": "Bo"}]}, "rows: 1: the field 'name' of user turn 0"),
+]
+
+
+@pytest.mark.parametrize("row, text", BESIDE)
+def test_what_stands_beside_a_prompt_is_asked_or_refused(tmp_path, row, text):
+    (tmp_path / "rows.jsonl").write_bytes(lines(row))
+    [task] = find_tasks([str(tmp_path / "rows.jsonl")])
+    [item] = load_items(task)
+    if "rows" in text:
+        with pytest.raises(ValueError, match=text):
+            ask(task, item, [], "chat", TOKENIZER)
+    else:
+        assert text in ask(task, item, [], "chat", TOKENIZER).text
+        with pytest.raises(ValueError, match="rows: 1: .*have no plain form"):
+            ask(task, item, [], "plain", TOKENIZER)
 
 
 @pytest.mark.parametrize("rows, said", BAD)
