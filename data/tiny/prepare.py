@@ -74,9 +74,10 @@ def shape(hidden: int, mlp: int, layers: int, heads: int, head_dim: int) -> Reco
 
 
 # What differs from the committed model, which is 2m, and steps of pretraining. Millions of
-# parameters: 0.9, 1.8, 4.1, 8.1, 1.8.
+# parameters: 0.9, 1.1, 1.8, 4.1, 8.1, 1.8.
 SIZES: dict[str, tuple[Record, int]] = {
     "1m": (shape(128, 320, 5, 4, 32), 4_000),
+    "deep": (shape(96, 256, 10, 4, 24), 4_000),
     "2m": ({}, 12_500),
     "4m": (shape(224, 576, 7, 6, 48), 2_000),
     "8m": (shape(288, 768, 9, 6, 48), 2_000),
