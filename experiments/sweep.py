@@ -26,7 +26,7 @@ from common import ROOT, Record, atomic, parse_cli, parse_object, read_json, rea
 from common import read_record, remove, run_script, setting
 from eval import compare_table, score, table
 from experiments import compare
-from experiments.memories import MEMORIES, replaced_memory
+from experiments.study import MEMORIES, replaced_memory
 from model import ModelConfig, Transformer, resolve_folder
 from talan import AdapterConfig, TalanConfig, attach, checkpoint_folder
 
@@ -58,7 +58,7 @@ def parse_seeds(words: Sequence[str]) -> list[int]:
 def parse_variation(word: str) -> Record:
     """Flags of train.py joined by &, their values by +: layers=0+1&slots=4, no-talan&rank=2.
 
-    memory=NAME is no flag, but a side path of experiments/memories.py. Raises ValueError.
+    memory=NAME is no flag, but a side path of experiments/study.py. Raises ValueError.
     """
     if memory_of(word) not in ("", *MEMORIES):
         raise ValueError(f"--vary {word}: expected a memory of {', '.join(MEMORIES)}")

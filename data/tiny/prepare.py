@@ -73,15 +73,17 @@ def shape(hidden: int, mlp: int, layers: int, heads: int, head_dim: int) -> Reco
     return fields | {"num_attention_heads": heads, "head_dim": head_dim}
 
 
+LLAMA: Record = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 # What differs from the committed model, which is 2m, and steps of pretraining. Millions of
-# parameters: 0.9, 1.1, 1.8, 4.1, 8.1, 1.8.
+# parameters: 0.9, 0.9, 0.9, 1.8, 4.1, 8.1, 1.8.
 SIZES: dict[str, tuple[Record, int]] = {
     "1m": (shape(128, 320, 5, 4, 32), 4_000),
-    "deep": (shape(96, 256, 10, 4, 24), 4_000),
+    "1m-deep": (shape(96, 256, 8, 4, 24), 4_000),
+    "1m-llama": (shape(128, 320, 5, 4, 32) | LLAMA, 4_000),
     "2m": ({}, 12_500),
     "4m": (shape(224, 576, 7, 6, 48), 2_000),
     "8m": (shape(288, 768, 9, 6, 48), 2_000),
-    "llama": ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, 2_000),
+    "llama": (LLAMA, 2_000),
 }
 
 
@@ -90,7 +92,7 @@ class Settings:
     """Make the tiny model and its data from seeds. Without flags: everything, with pretraining."""
 
     stage: str = setting("all", "data, tokenizer, pretrain or all")
-    size: str = setting("2m", f"backbone: {', '.join(SIZES)}; 2m is committed, llama is as large")
+    size: str = setting("2m", f"backbone: {', '.join(SIZES)}; 2m is committed")
     seed: int = setting(0, "seeds the rows, the random weights and the order of pretraining")
     out: str = setting(str(HERE), "folder of the rows and of model/")
     work: str = setting(str(ROOT / "runs/tiny-pretrain"), "scratch folder: pretraining rows, runs")
