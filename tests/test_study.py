@@ -102,23 +102,25 @@ def test_a_variation_names_a_memory_and_flags():
         sweep.parse_variation("memory=tokens")
 
 
-def test_probe_rows_follow_their_rule(tmp_path):
-    """The answer is the sum as the first sentence reads it; no prompt is in two files."""
+def test_probe_rows_have_the_unit_of_who_asks(tmp_path):
+    """The answer is the sum, its unit that of the first name; no prompt is in two files."""
     probe.main({"out": str(tmp_path)})
-    prompts, swapped = set(), str.maketrans("+-", "-+")
+    prompts, askers = set(), set()
     for split, count in probe.SPLITS.items():
-        lines = list(read_lines(tmp_path / f"{split}.jsonl"))
-        rows = [parse_object(line, where) for where, line in lines]
+        rows = [parse_object(line, at) for at, line in read_lines(tmp_path / f"{split}.jsonl")]
         assert len(rows) == count
-        prompts |= {row["prompt"] for row in rows}
-        rules = [row["prompt"].startswith("Swap the signs.") for row in rows]
-        assert 0.4 < sum(rules) / count < 0.6
-        for row, is_swapped in zip(rows, rules):
-            terms = re.search(r"Compute ([\d +-]+)\.", row["prompt"])[1]
-            terms = terms.translate(swapped) if is_swapped else terms
-            assert str(eval(terms)) == row["answer"] == row["completion"].split("#### ")[1]
-            assert 0 <= int(row["answer"]) < 100 and f"= {row['answer']}\n" in row["completion"]
-    assert len(prompts) == sum(probe.SPLITS.values())
+        for row in rows:
+            prompts.add(row["prompt"])
+            asker = re.match(r"(\w+) asks\. ", row["prompt"])[1]
+            askers.add(asker)
+            value = eval(re.search(r"Compute ([\d +-]+)\.", row["prompt"])[1])
+            unit = probe.UNIT_OF[asker]
+            *lines, last = row["completion"].split("\n")
+            assert last == f"#### {row['answer']}" and row["answer"] == f"{value} {unit}"
+            assert 0 <= value < 100 and all(line.endswith(f" {unit}") for line in lines)
+            assert not set(re.findall(r"\w+", row["prompt"])[1:]) & set(probe.UNIT_OF)
+            assert unit not in re.findall(r"\w+", row["prompt"])
+    assert len(prompts) == sum(probe.SPLITS.values()) and askers == set(probe.UNIT_OF)
 
 
 def test_the_map_compares_with_the_adapter_and_with_as_many_parameters(capsys, tmp_path):

@@ -2,8 +2,9 @@
 
     python data/tiny/probe.py --out runs/probe      train.jsonl, dev.jsonl and test.jsonl
 
-The first sentence says whether plus and minus are exchanged; then come sentences that do not
-matter, then a sum. In half of the rows each worked line has the sign that the prompt does not have.
+The first sentence says who asks: each of four people measures in a unit of their own, which no
+prompt names. Then come sentences that do not matter, then a sum. Every worked line and the answer
+end with the unit; all the rest is what the embedded model knows already.
 """
 
 from __future__ import annotations
@@ -20,41 +21,35 @@ from data.tiny.prepare import write_rows
 from data.tiny.tasks import GAINS, LOSSES, NAMES, TOP, apply, equation
 
 SPLITS = {"train": 4000, "dev": 256, "test": 256}
-RULES = {"Keep the signs.": {"+": "+", "-": "-"}, "Swap the signs.": {"+": "-", "-": "+"}}
+UNIT_OF = {"Mia": "V", "Sam": "A", "Lea": "s", "Tom": "N"}
+OTHERS = [name for name in NAMES if name not in UNIT_OF]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Write rows whose signs depend on what the first sentence says."""
+    """Write rows whose units depend on who asks, which the first sentence says."""
 
     out: str = setting("runs/probe", "folder of the rows")
     seed: int = setting(0, "seeds the rows")
 
 
 def draw_row(rng: random.Random, name: str) -> Record:
-    """One row: a rule, two sentences that do not matter, a sum of three to five numbers."""
-    rule = rng.choice(list(RULES))
-    value = rng.randint(2, 40)
-    text, lines = str(value), []
+    """One row: who asks, two sentences that do not matter, a sum of three to five numbers."""
+    asker, value = rng.choice(list(UNIT_OF)), rng.randint(2, 40)
+    unit, text, lines = UNIT_OF[asker], str(value), []
     for _ in range(rng.randint(2, 4)):
-        op = rng.choice("+-")
-        meant = RULES[rule][op]
-        room = TOP - value if meant == "+" else value
-        if room < 1:
-            op, meant = ("-", "+")[op == "-"], ("-", "+")[meant == "-"]
-            room = TOP - value if meant == "+" else value
-        number = rng.randint(1, min(40, room))
+        op = rng.choice("+-") if 0 < value < TOP else "+-"[value > 0]
+        number = rng.randint(1, min(40, TOP - value if op == "+" else value))
         text += f" {op} {number}"
-        lines.append(equation(value, meant, number))
-        value = apply(value, meant, number)
-    fillers = []
+        lines.append(f"{equation(value, op, number)} {unit}")
+        value = apply(value, op, number)
+    said = [f"{asker} asks."]
     for sentence in rng.sample(GAINS + LOSSES, 2):
-        a, b = rng.sample(NAMES, 2)
-        fillers.append(sentence.format(a=a, b=b, n=rng.randint(2, 40)))
-    prompt = f"{rule} {' '.join(fillers)} Compute {text}."
-    completion = "\n".join([*lines, f"#### {value}"])
-    row = {"id": name, "task": "probe", "prompt": prompt}
-    return row | {"completion": completion, "answer": str(value)}
+        a, b = rng.sample(OTHERS, 2)
+        said.append(sentence.format(a=a, b=b, n=rng.randint(2, 40)))
+    answer = f"{value} {unit}"
+    row = {"id": name, "task": "probe", "prompt": f"{' '.join(said)} Compute {text}."}
+    return row | {"completion": "\n".join([*lines, f"#### {answer}"]), "answer": answer}
 
 
 def main(overrides: Record) -> None:
