@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,21 @@ def replaced_memory(name: str) -> Iterator[None]:
         yield
     finally:
         talan.SidePath = before  # type: ignore[misc]
+
+
+def memory_of(side: str) -> str:
+    """The NAME of memory=NAME in a sweep's variation; "" without one. Raises ValueError."""
+    name = "".join(part[7:] for part in side.split("&") if part.startswith("memory="))
+    if name not in ("", *MEMORIES):
+        raise ValueError(f"{side}: expected a memory of {', '.join(MEMORIES)}")
+    return name
+
+
+def each_side(sides: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The sides of a sweep, each while attach gives it the memory that it names."""
+    for side, wanted in sides.items():
+        with replaced_memory(memory_of(side)):
+            yield side, wanted
 
 
 # ---- the map ----

@@ -26,7 +26,7 @@ from common import ROOT, Record, atomic, parse_cli, parse_object, read_json, rea
 from common import read_record, remove, run_script, setting
 from eval import compare_table, score, table
 from experiments import compare
-from experiments.study import MEMORIES, replaced_memory
+from experiments.study import each_side
 from model import ModelConfig, Transformer, resolve_folder
 from talan import AdapterConfig, TalanConfig, attach, checkpoint_folder
 
@@ -56,24 +56,13 @@ def parse_seeds(words: Sequence[str]) -> list[int]:
 
 
 def parse_variation(word: str) -> Record:
-    """Flags of train.py joined by &, their values by +: layers=0+1&slots=4, no-talan&rank=2.
-
-    memory=NAME is no flag, but a side path of experiments/study.py. Raises ValueError.
-    """
-    if memory_of(word) not in ("", *MEMORIES):
-        raise ValueError(f"--vary {word}: expected a memory of {', '.join(MEMORIES)}")
+    """Flags of train.py joined by &, their values by +: layers=0+1&slots=4; not study.py's memory=."""
     parts = [part.partition("=") for part in word.split("&") if not part.startswith("memory=")]
     flags = [f"--{name.replace('_', '-')}{x}{value.replace('+', ',')}" for name, x, value in parts]
     changes = parse_cli(train.Settings, f"--vary {word}", flags)
     if not changes.keys() <= AXES:
         raise ValueError(f"--vary {word}: expected flags of {', '.join(sorted(AXES))}")
     return changes
-
-
-def memory_of(side: str) -> str:
-    """The NAME of memory=NAME in a variation; "" without one."""
-    names = [part[7:] for part in side.split("&") if part.startswith("memory=")]
-    return names[0] if names else ""
 
 
 def make_sides(settings: Settings) -> dict[str, train.Settings]:
@@ -202,27 +191,24 @@ def show(files: Sequence[Path]) -> None:
 def sweep(settings: Settings, out: Path) -> None:
     """All runs, their scores, records and comparisons. Raises ValueError."""
     seeds, sides = parse_seeds(settings.seeds), make_sides(settings)
-    for side, wanted in sides.items():
-        with replaced_memory(memory_of(side)):
-            print(f"{side}: {count_trainable(wanted):,} trainable, rank {wanted.rank}")
+    for side, wanted in each_side(sides):
+        print(f"{side}: {count_trainable(wanted):,} trainable, rank {wanted.rank}")
     header: Record = {"settings": asdict(settings), "seeds": seeds, "rates": {}, "sides": {}}
     rates = sorted(map(float, settings.lrs))
-    for side, wanted in sides.items() if rates else ():
+    for side, wanted in each_side(sides) if rates else ():
         found: Record = header["rates"].setdefault(side, {})
         for rate in rates:
             run = out / f"seed-{seeds[0]}" / f"{side}@{rate}"
-            with replaced_memory(memory_of(side)):
-                train_run(run, replace(wanted, seed=seeds[0], lr=rate), may_diverge=True)
+            train_run(run, replace(wanted, seed=seeds[0], lr=rate), may_diverge=True)
             add_run(found, run)
         sides[side] = replace(wanted, lr=min(zip(found["held_out_loss"], found["lr"]))[1])
     base = score_once(sides["baseline"], out / "base")["tasks"]
     scored: list[compare.Run] = []
     for seed in seeds:
-        for side, wanted in sides.items():
+        for side, wanted in each_side(sides):
             run = out / f"seed-{seed}" / (f"{side}@{wanted.lr}" if settings.lrs else side)
-            with replaced_memory(memory_of(side)):
-                train_run(run, replace(wanted, seed=seed))
-                results = score_once(wanted, run / "eval-adapted", run)
+            train_run(run, replace(wanted, seed=seed))
+            results = score_once(wanted, run / "eval-adapted", run)
             print(compare_table(base, results["tasks"]))
             add_run(header["sides"].setdefault(side, {}), run, scoring_seconds=results["seconds"])
             scored.append(compare.read_folder(run))

@@ -95,11 +95,11 @@ def test_what_a_variation_saved_is_loaded_as_that_variation_alone(tmp_path):
 
 
 def test_a_variation_names_a_memory_and_flags():
-    assert sweep.memory_of("slots=4&memory=token") == "token"
-    assert sweep.memory_of("no-talan&rank=2") == sweep.memory_of("candidate") == ""
+    assert study.memory_of("slots=4&memory=token") == "token"
+    assert study.memory_of("no-talan&rank=2") == study.memory_of("candidate") == ""
     assert sweep.parse_variation("slots=4&memory=token") == {"slots": 4}
     with pytest.raises(ValueError, match="a memory of token"):
-        sweep.parse_variation("memory=tokens")
+        study.memory_of("memory=tokens")
 
 
 def test_probe_rows_have_the_unit_of_who_asks(tmp_path):
