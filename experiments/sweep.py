@@ -56,7 +56,7 @@ def parse_seeds(words: Sequence[str]) -> list[int]:
 
 
 def parse_variation(word: str) -> Record:
-    """Flags of train.py joined by &, their values by +: layers=0+1&slots=4; but no memory=."""
+    """Flags of train.py joined by &, their values by +: layers=0+1&slots=4. memory= is left out."""
     parts = [part.partition("=") for part in word.split("&") if not part.startswith("memory=")]
     flags = [f"--{name.replace('_', '-')}{x}{value.replace('+', ',')}" for name, x, value in parts]
     changes = parse_cli(train.Settings, f"--vary {word}", flags)
