@@ -184,8 +184,8 @@ def write_answers(
         stopped = bool(ids) and ids[-1] in tokenizer.eos_ids
         text = tokenizer.decode(ids[:-1] if stopped else ids)
         record = {"sample": i % n, "completion": cut(text, task.stops) if plain else text}
-        record["tokens"] = len(ids)
-        record["truncated"] = not stopped and not (bool(stops) and ended(ids))
+        is_whole = stopped or bool(stops) and ended(ids)
+        record |= {"tokens": len(ids), "truncated": not is_whole}
         records.append(record)
     return records
 
@@ -243,12 +243,11 @@ def summarize(rows: Sequence[Record], ks: Sequence[int] = ()) -> Record:
     """Of one task's records: n, score, interval, pass@k under each rule; the first is the score."""
     rules = list(dict.fromkeys(rule for row in rows for rule in row["verdicts"]))
     scores = {rule: summarize_rule(rows, rule, ks) for rule in rules}
-    known = [row for row in rows if row.get("reference_tokens")]
-    logprob = sum(row["reference_logprob"] for row in known)
     summary = {**scores[rules[0]], "rules": scores}
     summary["unparsed"] = sum(row.get("extracted", {}).get(rules[0], "") is None for row in rows)
     summary["truncated"] = sum(row["truncated"] for row in rows)
-    tokens = sum(row["reference_tokens"] for row in known)
+    tokens = sum(row.get("reference_tokens") or 0 for row in rows)
+    logprob = sum(row.get("reference_logprob") or 0 for row in rows)
     summary["reference_logprob_per_token"] = logprob / tokens if tokens else None
     return summary
 
@@ -425,8 +424,7 @@ def conditions(
     free = ("backbone", "adapter", "out", "rescore", "workers", "device", "dtype", "tasks")
     found = {k: v for k, v in results["settings"].items() if k not in free}
     found |= {"torch": results["torch"], "commit": results["commit"]}
-    found["device"] = model.head_weight.device.type
-    found["dtype"] = str(model.head_weight.dtype).removeprefix("torch.")
+    found |= {"device": model.head_weight.device.type, "dtype": str(model.head_weight.dtype)[6:]}
     begun = read_record(Path(results["backbone"])).get("backbone_sha256")  # of a run of scope full
     found["backbone"] = begun or folder_hash(Path(model.folder or ""))
     for task in tasks:

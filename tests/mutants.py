@@ -135,7 +135,7 @@ MUTANTS = [
     ("gathered process by process", "common.py", "[parts[i % self.world][i // self.world] for i in range(total)]", "[item for part in parts for item in part]", "test_ranks.py -k sharded"),
     ("an error of the first process is one of all", "common.py", "raise SystemExit(1)", "raise ValueError(self.rank)", "test_ranks.py -k ends_one"),
     ("what trains is cut too", "common.py", "ignored_params=whole", "ignored_params=set()", "test_ranks.py -k processes_equal"),
-    ("cut answers counted as ended", "eval.py", 'record["truncated"] = not stopped and', 'record["truncated"] = False and', "test_eval.py -k how_many_rows"),
+    ("cut answers counted as ended", "eval.py", "is_whole = stopped or", "is_whole = True or", "test_eval.py -k how_many_rows"),
     ("interval of 90 %", "eval.py", "1.959963984540054", "1.6448536269514722", "test_eval.py -k wilson"),
     ("likelihood of the first token dropped", "eval.py", "torch.cat([hidden, model(", "torch.cat([hidden * 0, model(", "test_eval.py -k likelihoods_equal"),
     ("replies share another prompt's prefix", "eval.py", "cache.select_rows(owner.tolist())", "cache.select_rows(owner.tolist()[::-1])", "test_eval.py -k likelihoods_equal"),
