@@ -1,8 +1,8 @@
 """Train, score and compare pairs over seeds, all else equal: python -m experiments.sweep --help.
 
 baseline: the adapter alone; candidate: adapter and side path; control: the adapter alone, with as
-many trainable parameters; variations: the candidate with flags changed. What is finished is reused,
-what is not is resumed: the same command finishes a sweep that was stopped.
+many trainable parameters; variations: the candidate with flags changed, memory=NAME with study.py's
+side path. What is finished is reused, what is not is resumed: so a stopped sweep is finished.
 
 OUT/seed-N/SIDE (with --lrs SIDE@RATE): runs of train.py, scored in eval-adapted. OUT/base: the
 backbone's scores. OUT/records.jsonl.gz: a header, then by item the values of each run.

@@ -21,7 +21,7 @@ COMMANDS, VALUES = re.findall(r"`python ([^`]*)`", TEXT), {"size": "8m"}
 for line in re.findall(r"^(?:    |\$ )(.*)$", TEXT, re.M):  # the shell's variables filled in
     line = Template(line).safe_substitute(VALUES)
     VALUES |= dict(re.findall(r'^(\w+)="(.*)"$', line))
-    COMMANDS += re.findall(r"\bpython ([^;&#]*)", line)
+    COMMANDS += re.findall(r"\bpython ((?:'[^']*'|[^;&#])*)", line)
 
 
 def parse(command):

@@ -64,7 +64,7 @@ def memory(p, name, history, m):
 def test_a_memory_is_what_loops_in_float64_say_however_the_text_is_cut(name):
     path, h = side_path(name), torch.randn(B, T, D, generator=torch.Generator().manual_seed(1))
     whole, _ = path(h, lengths=torch.tensor([T, T, 9]))
-    for b, length in enumerate((T, T, 9)):
+    for b, length in ((0, T), (2, 9)):
         expected = loops(path, name, h[b, :length].double())
         torch.testing.assert_close(whole[b, :length].double(), expected, rtol=2e-4, atol=2e-5)
     state, parts = None, []

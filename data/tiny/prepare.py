@@ -75,10 +75,9 @@ def shape(hidden: int, mlp: int, layers: int, heads: int, head_dim: int) -> Reco
 
 LLAMA: Record = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 # What differs from the committed model, which is 2m, and steps of pretraining. Millions of
-# parameters: 0.9, 0.9, 0.9, 1.8, 4.1, 8.1, 1.8.
+# parameters: 0.9, 0.9, 1.8, 4.1, 8.1, 1.8.
 SIZES: dict[str, tuple[Record, int]] = {
     "1m": (shape(128, 320, 5, 4, 32), 4_000),
-    "1m-deep": (shape(96, 256, 8, 4, 24), 4_000),
     "1m-llama": (shape(128, 320, 5, 4, 32) | LLAMA, 4_000),
     "2m": ({}, 12_500),
     "4m": (shape(224, 576, 7, 6, 48), 2_000),
