@@ -184,7 +184,7 @@ def write_answers(
         stopped = bool(ids) and ids[-1] in tokenizer.eos_ids
         text = tokenizer.decode(ids[:-1] if stopped else ids)
         record = {"sample": i % n, "completion": cut(text, task.stops) if plain else text}
-        is_whole = stopped or bool(stops) and ended(ids)
+        is_whole = stopped or (bool(stops) and ended(ids))
         record |= {"tokens": len(ids), "truncated": not is_whole}
         records.append(record)
     return records

@@ -1,7 +1,7 @@
 """The small-adapter study of RESULTS.md: side paths with other memories, and the map.
 
     python -m experiments.sweep --vary memory=token     trains and scores the side path of that name
-    python -m experiments.study                         prints the map and draws it
+    python -m experiments.study --out FOLDER            prints the map, draws it where --out says
 
 Shapes: B rows, C tokens of a chunk, D hidden size, M memory slots, r memory width.
 """
@@ -150,12 +150,14 @@ def each_side(sides: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 # ---- the map ----
 
+MAP = str(ROOT / "experiments/records/map-*.jsonl.gz")
+
 
 @dataclass(frozen=True)
 class Settings:
     """Gain of side paths over the adapter alone, and over more rank, by the adapter's size."""
 
-    records: tuple[str, ...] = setting(("experiments/records/map-*.jsonl.gz",), "sweeps; wildcards")
+    records: tuple[str, ...] = setting((MAP,), "sweeps' records; wildcards")
     out: str = setting("", "folder for map.png, which needs matplotlib; empty: print alone")
 
 
@@ -174,18 +176,18 @@ def map_lines(file: str) -> list[Record]:
     header, sides = compare.read_sweep(file)
     sizes = {side: of["trainable"][0] for side, of in header["sides"].items()}
     bare = [side for side in sides if side in ("baseline", "control") or "no-talan" in side]
-    lines, whole = [], count_backbone(header["settings"]["backbone"])
+    lines, total = [], count_backbone(header["settings"]["backbone"])
     for side in [side for side in sides if side not in bare]:
         enough = [other for other in bare if sizes[other] >= sizes[side]]
         if not enough:
             raise ValueError(f"{file}: expected a side without side path as large as {side}")
         control = min(enough, key=lambda other: sizes[other])
-        line = {"share": 100 * sizes["baseline"] / whole}
-        line["added"] = 100 * (sizes[side] - sizes["baseline"]) / whole
+        line = {"share": 100 * sizes["baseline"] / total}
+        line["added"] = 100 * (sizes[side] - sizes["baseline"]) / total
         for name, other in (("adapter", "baseline"), ("control", control)):
             result = compare.compare_runs(sides[other], sides[side], compare.Settings())
-            pooled = result["pooled"].get("mean of tasks") or [*result["tasks"].values()][0]
-            line[name] = [*pooled.values()]
+            whole = [*result["pooled"].values(), *result["tasks"].values()][0]
+            line[name] = [*whole.values()]
         if side == "candidate":
             side = "slots={slots}&width={width}".format(**header["settings"])
         lines.append(line | {"sweep": Path(file).name.removesuffix(".jsonl.gz"), "side": side})
@@ -214,9 +216,14 @@ def map_table(lines: list[Record]) -> str:
 
 
 def draw(lines: list[Record], file: Path) -> None:
-    """Points and nats gained over the adapter alone and over more rank, by the adapter's share."""
-    from matplotlib.figure import Figure
+    """Points and nats gained over the adapter alone and over more rank, by the adapter's share.
 
+    Raises ValueError without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("--out: the picture needs matplotlib, which is not installed") from None
     figure = Figure((10, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True, sharey="row")
     shapes = list(dict.fromkeys(line["side"] for line in lines))

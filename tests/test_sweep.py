@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"vocab_size": 640, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SHORT = "--rank 4 --slots 2 --width 8 --step-tokens 512 --dev-rows 8 --steps 2 --save-every 1"
 SHORT += " --eval-every 0 --log-every 0 --device cpu --seeds 0-1"
-SIDES = ("baseline", "candidate", "control", "mixer=mlp")
-FULL = "--lrs 1e-2,1e29,1e-3 --control rank --vary mixer=mlp"  # at 1e29 the loss is nan
+SIDES = ("baseline", "candidate", "control", "mixer=mlp&memory=gate")
+FULL = "--lrs 1e-2,1e29,1e-3 --control rank --vary mixer=mlp&memory=gate"  # at 1e29 the loss is nan
 KILLED = """if True:
     import os, sys; sys.path.insert(0, sys.argv[1])
     import common, train; from experiments import sweep; write = train.Metrics.write
@@ -96,6 +96,9 @@ def test_layout_settings_and_rates(done):
         assert taken == [found["lr"][losses.index(min(losses))]] * 2
         runs -= {f"seed-0/{side}@{rate}" for rate in found["lr"]} | {f"seed-1/{side}@{taken[0]}"}
         settings.append(common.read_json(out / f"seed-1/{side}@{taken[0]}/settings.json"))
+        files = (out / f"seed-1/{side}@{taken[0]}").glob("step-*/talan.safetensors")
+        names = " ".join(name for file in files for name in load_file(file))
+        assert (".extra" in names) == ("memory=" in side)  # trained with the memory it names
     assert not runs and f"{out}/seed-0/control@1e+29: step " in text
     a, b, c, d = [found | {"out": "", "lr": 0} for found in settings]
     assert (b["seed"], b["talan"], b["rank"], b["mixer"]) == (1, True, 4, "linear")
@@ -140,7 +143,7 @@ def test_records_hold_what_the_runs_scored(done, tmp_path, capsys):
                 assert abs(found.values[key][name] - value) < 5.1e-6
         tokens = sum(line.get("tokens", 0) for line in metrics(run))
         assert header["sides"][side]["tokens"][seed] == tokens
-    for other, side in (("baseline", "candidate"), ("control", "mixer=mlp")):
+    for other, side in (("baseline", "candidate"), ("control", SIDES[3])):
         result = compare.compare_runs(sides[other], sides[side], compare.Settings())
         assert f"\n{side} against {other}\n{compare.comparison_table(result)}\n" in text
     header["settings"]["backbone"] = f"{ROOT}/some/model"
