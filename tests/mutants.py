@@ -49,6 +49,8 @@ MUTANTS = [
     ("partial rotary factor ignored", "model.py", "if share == 1 and not kinds", "if not kinds", "test_model.py -k refused_field"),
     ("grouped heads taken in the other order", "model.py", "q = q.view(B, k.shape[1], -1, self.head_dim)", "q = q.view(B, -1, k.shape[1], self.head_dim).transpose(1, 2)", "test_model.py -k split"),
     ("gradient of up without silu", "model.py", "F.silu(g).mul_(dy)", "g.mul(dy)", "test_model.py -k swiglu"),
+    ("gradient of a norm without its mean", "model.py", "dy - y * (y * dy).mean(-1, keepdim=True)", "dy", "test_model.py -k float32_copy"),
+    ("norm keeps a float32 copy", "model.py", "if x.dtype == torch.bfloat16 and not x.is_cuda:", "if False:", "test_model.py -k float32_copy"),
     ("side path behind the attention whatever the site", "model.py", 'if self.side_site == "attention" else h', "if self.side_site else h", "test_talan.py -k a_model_with"),
     ("cache counts the pads", "model.py", "cache.lengths += T if lengths is None else lengths", "cache.lengths += T", "test_model.py -k split"),
     ("new row keeps the old one's side state", "model.py", "                mine[index] = theirs", "                pass", "test_model.py -k written_and_selected"),

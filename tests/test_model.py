@@ -363,6 +363,20 @@ def test_swiglu_and_rmsnorm_gradients():
     assert torch.autograd.gradcheck(lambda x, w: functional_call(norm, {"weight": w}, x), (u, g[0]))
 
 
+def test_a_bfloat16_norm_keeps_no_float32_copy():
+    """Its gradient is that of float64, but for bfloat16's rounding."""
+    kept, x = [], torch.randn(2, 3, 64, generator=generator("norm")).bfloat16().requires_grad_()
+    x64, norm = x.detach().double().requires_grad_(), RMSNorm(64, 1e-3).bfloat16()
+    dy = torch.randn(2, 3, 64, generator=generator("dy")).bfloat16()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = norm(x)
+    (x64 / (x64.square().mean(-1, keepdim=True) + 1e-3).sqrt()).backward(dy.double())
+    y.backward(dy)
+    assert torch.equal(y, torch.nn.functional.rms_norm(x, (64,), eps=1e-3))
+    assert (x.grad.double() - x64.grad).abs().max() <= 2**-8 * x64.grad.abs().max()
+    assert {t.dtype for t in kept} == {torch.bfloat16}
+
+
 def test_checkpointing_gives_the_same_gradients(either):
     """Recomputing over a frozen backbone needs use_reentrant=False: else none arrives at all."""
     learning, grads = [p for p in either.parameters() if p.requires_grad], []
