@@ -127,7 +127,7 @@ def read_rope(raw: Record, source: str) -> tuple[float, RopeScaling | None]:
 class Normalize(torch.autograd.Function):
     """y = s x, s = 1 / sqrt(mean(x^2) + eps);  dx = s (dy - y mean(y dy)), keeping x alone.
 
-    On a CPU F.rms_norm keeps a bfloat16 x as float32: a fifth of all that a block keeps.
+    On a CPU F.rms_norm would keep a float32 copy of a bfloat16 x.
     """
 
     @staticmethod
