@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -468,13 +468,16 @@ def load_model(path: str | Path, device: Any = "cpu", dtype: Any = None) -> Tran
                 files[name], found[name] = file, info
     head, table = "lm_head.weight", "model.embed_tokens.weight"
     if config.tie_word_embeddings and {head, table} <= set(files):
-        same = torch.equal(read_tensor(files[head], head), read_tensor(files[table], table))
+        same = torch.equal(*(load_file(files[name])[name] for name in (head, table)))
         found = {k: v for k, v in found.items() if k != head or not same}  # tied all the same
     problems = compare_tensors(dict(model.named_parameters()), found)
     if problems:
         raise ValueError("\n  ".join([f"{folder}: the tensors do not fit config.json:", *problems]))
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or found[table][1]
-    weights = {name: read_tensor(files[name], name).to(device, dtype) for name in found}
+    weights: dict[str, Tensor] = {}
+    for file in tensor_files(folder):
+        read = load_file(file).items()  # mapped
+        weights |= {name: w.to(device, dtype) for name, w in read if name in found}
     model.load_state_dict(weights, strict=True, assign=True)
     model.source = str(Path(path).resolve()) if Path(path).is_dir() else str(path)
     model.folder = folder
@@ -520,12 +523,6 @@ def tensor_info(file: Path) -> dict[str, TensorInfo]:
         what = "expected a safetensors file (pickled weights are never read)"
         raise ValueError(f"{file}: {what}: {error}") from None
     return info
-
-
-def read_tensor(file: Path, name: str) -> Tensor:
-    """One tensor, mapped from the file; that is opened anew, so that its pages are let go."""
-    with safe_open(file, framework="pt") as f:
-        return f.get_tensor(name)
 
 
 def compare_tensors(want: dict[str, Tensor], found: dict[str, TensorInfo]) -> list[str]:

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common import Record, atomic, checkpoint_folder, generator, read_json, run_script, setting
 from common import write_json
-from model import Transformer, compare_tensors, load_model, read_tensor, save_model, tensor_info
+from model import Transformer, compare_tensors, load_model, save_model, tensor_info
 
 # ---- side path: up to the next such line it needs torch alone, and can be copied elsewhere ----
 
@@ -548,12 +548,12 @@ def recorded_backbone(folder: str | Path) -> str:
 
 def read_tensors(file: Path, fingerprint: str) -> dict[str, Tensor]:
     """The tensors of an adapter's file by name. Raises ValueError when it has another backbone."""
-    names = tensor_info(file)
+    tensor_info(file)  # raises, if it is none
     with safe_open(file, framework="pt") as f:
         backbone = (f.metadata() or {}).get("backbone")
     if backbone and fingerprint and backbone != fingerprint:
         raise ValueError(f"{file}: trained on a backbone with another config or tokenizer")
-    return {name.replace("_vector.weight", "_vector"): read_tensor(file, name) for name in names}
+    return {name.replace("_vector.weight", "_vector"): w for name, w in load_file(file).items()}
 
 
 def read_peft_config(file: Path, names: list[str]) -> AdapterConfig:
