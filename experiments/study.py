@@ -184,6 +184,7 @@ def map_lines(file: str) -> list[Record]:
         control = min(enough, key=lambda other: sizes[other])
         line = {"share": 100 * sizes["baseline"] / total}
         line["added"] = 100 * (sizes[side] - sizes["baseline"]) / total
+        line["targets"] = " and ".join(header["settings"]["targets"])
         for name, other in (("adapter", "baseline"), ("control", control)):
             result = compare.compare_runs(sides[other], sides[side], compare.Settings())
             whole = [*result["pooled"].values(), *result["tasks"].values()][0]
@@ -226,23 +227,25 @@ def draw(lines: list[Record], file: Path) -> None:
         raise ValueError("--out: the picture needs matplotlib, which is not installed") from None
     figure = Figure((10, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True, sharey="row")
-    shapes = list(dict.fromkeys(line["side"] for line in lines))
+    groups = list(dict.fromkeys((line["side"], line["targets"]) for line in lines))
+    shapes = list(dict.fromkeys(side for side, _ in groups))
     for column, other in enumerate(("adapter", "control")):
         for row, unit in enumerate(("points", "nats per token")):
             axis = axes[row, column]
             axis.axhline(0, color="0.6", linewidth=1)
             axis.set(xscale="log", ylabel=unit, xlabel="adapter, % of the backbone")
-            for n, shape in enumerate(shapes):
-                chosen = [line for line in lines if line["side"] == shape]
+            for group in groups:
+                chosen = [line for line in lines if (line["side"], line["targets"]) == group]
+                n, style = shapes.index(group[0]), "o-" if group[1] == "all" else "o--"
                 x = [line["share"] * 1.06**n for line in chosen]  # side by side
                 entries = [line[other][0 if unit == "points" else -1] for line in chosen]
                 middle = [entry["difference"] for entry in entries]
                 ends = [entry["interval95"] for entry in entries]
-                axis.plot(x, middle, "o-", color=f"C{n}", label=shape)
+                axis.plot(x, middle, style, color=f"C{n}", label=", ".join(group))
                 axis.vlines(x, *zip(*ends), color=f"C{n}", alpha=0.5)
     axes[0, 0].set_title("gain over the adapter alone")
     axes[0, 1].set_title("gain over more rank, as many parameters")
-    axes[0, 0].legend()
+    axes[1, 0].legend(fontsize="small")
     figure.savefig(file, dpi=90)
 
 
