@@ -548,7 +548,7 @@ def recorded_backbone(folder: str | Path) -> str:
 
 def read_tensors(file: Path, fingerprint: str) -> dict[str, Tensor]:
     """The tensors of an adapter's file by name. Raises ValueError when it has another backbone."""
-    tensor_info(file)  # raises, if it is none
+    tensor_info(file)  # raises ValueError where it cannot be read
     with safe_open(file, framework="pt") as f:
         backbone = (f.metadata() or {}).get("backbone")
     if backbone and fingerprint and backbone != fingerprint:
