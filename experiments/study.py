@@ -244,7 +244,7 @@ def draw(lines: list[Record], file: Path) -> None:
                 axis.plot(x, middle, style, color=f"C{n}", label=", ".join(group))
                 axis.vlines(x, *zip(*ends), color=f"C{n}", alpha=0.5)
     axes[0, 0].set_title("gain over the adapter alone")
-    axes[0, 1].set_title("gain over more rank, as many parameters")
+    axes[0, 1].set_title("gain over more rank, at least as many parameters")
     axes[1, 0].legend(fontsize="small")
     figure.savefig(file, dpi=90)
 
