@@ -3,7 +3,7 @@
     python -m experiments.sweep --vary memory=token     trains and scores the side path of that name
     python -m experiments.study --out FOLDER            prints the map, draws it where --out says
 
-Shapes: B rows, C tokens of a chunk, D hidden size, M memory slots, r memory width.
+Shapes: B rows, T tokens, C tokens of a chunk, D hidden size, M memory slots, r memory width.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import glob
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 
 import talan
 from common import ROOT, Record, run_script, setting
-from eval import table
+from data.chat import load_tokenizer
+from eval import TINY, table
 from experiments import compare
 from model import ModelConfig, Transformer
 from talan import SidePath, TalanConfig
@@ -56,6 +58,31 @@ class OtherMemory(Marked):
         """As SidePath."""
         z, num, den = super().remember(w, v, num, den)
         return z.roll(1, 0), num, den
+
+
+@cache
+def answer_token() -> int:
+    """The id of `assistant`, which opens the answer, in the embedded tokenizer."""
+    return load_tokenizer(TINY).encode("assistant")[0]
+
+
+class PromptMemory(Marked):
+    """w_tm = 0 from the assistant's turn on: what is remembered is the prompt alone."""
+
+    tokens: Tensor  # (B,T) of the pass that goes on, see replaced_memory
+
+    def forward(self, h: Tensor, state: Any = None, lengths: Tensor | None = None) -> Any:
+        """As SidePath; what goes on from a state is the answer."""
+        self.is_answer = state is not None
+        return super().forward(h, state, lengths)
+
+    def compress(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As SidePath: x (B,T,D) -> w (B,T,M), v (B,T,r)."""
+        w, v = super().compress(x, lengths)
+        if self.is_answer:
+            return torch.zeros_like(w), v
+        is_prompt = (self.tokens == answer_token()).cumsum(1) == 0  # (B,T)
+        return w * is_prompt[..., None], v
 
 
 class NoMemory(Marked):
@@ -118,19 +145,25 @@ class SharpMemory(Marked):
         return torch.where(w > 0, sharp, 0), v
 
 
-MEMORIES = {"token": TokenMemory, "other": OtherMemory, "none": NoMemory}
+MEMORIES = {"token": TokenMemory, "other": OtherMemory, "none": NoMemory, "prompt": PromptMemory}
 MEMORIES |= {"decay": DecayMemory, "gate": GatedMemory, "sharp": SharpMemory}
 
 
 @contextlib.contextmanager
 def replaced_memory(name: str) -> Iterator[None]:
     """While this lasts, talan.attach attaches the side path of that name; "": talan.py's own."""
-    before = talan.SidePath
+    before, run = talan.SidePath, Transformer.run
+
+    def run_and_tell(model: Transformer, tokens: Tensor, *more: Any) -> Tensor:
+        PromptMemory.tokens = tokens
+        return run(model, tokens, *more)
+
     try:
         talan.SidePath = MEMORIES[name] if name else before  # type: ignore[misc]
+        Transformer.run = run_and_tell  # type: ignore[assignment]
         yield
     finally:
-        talan.SidePath = before  # type: ignore[misc]
+        talan.SidePath, Transformer.run = before, run  # type: ignore[misc,method-assign]
 
 
 def memory_of(side: str) -> str:

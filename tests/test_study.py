@@ -6,10 +6,11 @@ import re
 import pytest
 import torch
 from common import read_lines, parse_object
+from data.chat import load_tokenizer
 from data.tiny import probe
 from experiments import study, sweep
-from model import load_model
-from talan import AdapterConfig, TalanConfig, attach, load_adapter, save_adapter
+from model import Cache, load_model, pad_rows
+from talan import AdapterConfig, SidePath, TalanConfig, attach, load_adapter, save_adapter
 from train import TINY
 
 B, T, D, M, R = 3, 150, 12, 4, 6  # more tokens than a chunk
@@ -60,7 +61,7 @@ def memory(p, name, history, m):
     return num / den
 
 
-@pytest.mark.parametrize("name", [name for name in study.MEMORIES if name != "other"])
+@pytest.mark.parametrize("name", sorted(study.MEMORIES.keys() - {"other", "prompt"}))
 def test_a_memory_is_what_loops_in_float64_say_however_the_text_is_cut(name):
     path, h = side_path(name), torch.randn(B, T, D, generator=torch.Generator().manual_seed(1))
     whole, _ = path(h, lengths=torch.tensor([T, T, 9]))
@@ -80,6 +81,40 @@ def test_the_other_memory_is_that_of_the_row_before():
     sums = torch.zeros(B, M, R), torch.zeros(B, M)
     own = study.SidePath.remember(path, w, v, *sums)[0]
     assert torch.equal(path.remember(w, v, *sums)[0], own[[2, 0, 1]])
+
+
+def test_the_prompts_memory_is_written_up_to_the_answer_and_no_further():
+    """Its sums after the whole text are SidePath's after the prompt, in a cache and without."""
+    tokenizer, config = load_tokenizer(TINY / "model"), TalanConfig(slots=M, width=R)
+    prompts = [[{"role": "user", "content": text}] for text in ("2 + 3?", "Compute 4 * 5 + 6.")]
+    heads = [tokenizer.encode(tokenizer.render(p, add_generation_prompt=True)) for p in prompts]
+    tails = [tokenizer.encode(text) for text in ("12\n", "assistant 1\n#### 2\n")]
+    cut = [head.index(study.answer_token()) for head in heads]
+    assert [tokenizer.decode(h[n:]) for h, n in zip(heads, cut)] == ["assistant\n"] * 2
+    with study.replaced_memory("prompt"), torch.no_grad():
+        model = load_model(TINY / "model", dtype="float32")
+        attach(model, AdapterConfig(rank=1), config)
+        path = next(b.side_path for b in model.model.layers if b.side_path)
+        path.w_out.normal_()
+        seen = []
+        path.register_forward_hook(lambda path, args, result: seen.append((args, result)))
+        whole = model(pad_rows([h + t for h, t in zip(heads, tails)])[0])
+        (h, *_), (_, state) = seen[-1]
+        cache = Cache(model.config, 2, 64)
+        tokens, lengths = pad_rows(heads)
+        first = model(tokens, cache, lengths)
+        tokens, sizes = pad_rows(tails)
+        second = model(tokens, cache, sizes)
+    plain = SidePath(model.config.hidden_size, config)
+    plain.load_state_dict({k: v for k, v in path.state_dict().items() if k != "extra"})
+    _, expected = plain(h, lengths=torch.tensor(cut))
+    cached = next(iter(cache.side.values()))
+    for found, in_cache, want in zip(state, cached, expected):
+        torch.testing.assert_close(found, want)
+        torch.testing.assert_close(in_cache, want)
+    for b, (head, tail) in enumerate(zip(heads, tails)):
+        pieces = torch.cat([first[b, : len(head)], second[b, : len(tail)]])
+        torch.testing.assert_close(pieces, whole[b, : len(pieces)], rtol=1e-4, atol=1e-4)
 
 
 def test_what_a_variation_saved_is_loaded_as_that_variation_alone(tmp_path):
