@@ -72,17 +72,10 @@ class PromptMemory(Marked):
     tokens: Tensor  # (B,T) of the pass that goes on, see replaced_memory
 
     def forward(self, h: Tensor, state: Any = None, lengths: Tensor | None = None) -> Any:
-        """As SidePath; what goes on from a state is the answer."""
-        self.is_answer = state is not None
-        return super().forward(h, state, lengths)
-
-    def compress(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As SidePath: x (B,T,D) -> w (B,T,M), v (B,T,r)."""
-        w, v = super().compress(x, lengths)
-        if self.is_answer:
-            return torch.zeros_like(w), v
-        is_prompt = (self.tokens == answer_token()).cumsum(1) == 0  # (B,T)
-        return w * is_prompt[..., None], v
+        """As SidePath, whose padding begins where the prompt ends; after a state all is answer."""
+        prompt = ((self.tokens == answer_token()).cumsum(1) == 0).sum(1)  # (B,)
+        prompt = prompt if lengths is None else prompt.minimum(lengths)
+        return super().forward(h, state, prompt if state is None else 0 * prompt)
 
 
 class NoMemory(Marked):
@@ -151,7 +144,10 @@ MEMORIES |= {"decay": DecayMemory, "gate": GatedMemory, "sharp": SharpMemory}
 
 @contextlib.contextmanager
 def replaced_memory(name: str) -> Iterator[None]:
-    """While this lasts, talan.attach attaches the side path of that name; "": talan.py's own."""
+    """While this lasts, talan.attach attaches the side path of that name; "": talan.py's own.
+
+    PromptMemory is told the tokens of each pass.
+    """
     before, run = talan.SidePath, Transformer.run
 
     def run_and_tell(model: Transformer, tokens: Tensor, *more: Any) -> Tensor:
